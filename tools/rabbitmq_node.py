@@ -63,6 +63,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _command_line(pid: int) -> str:
+    """Return the command line of a process, or nothing if it doesn't exist or is a zombie."""
+    if sys.platform == "linux":
+        try:
+            return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
+        except OSError:
+            return ""
+    ps = ["ps", "-ww", "-o", "command=", "-p", str(pid)]
+    return subprocess.run(ps, capture_output=True, text=True, errors="replace").stdout
+
+
 class Node:
     """One node with its data, logs and process in `folder`.
 
@@ -71,7 +82,9 @@ class Node:
     home, epmd_port: nodes that share these two can form a cluster.
     """
 
-    def __init__(self, folder, name="rabbit", port=None, config="", advanced="[].", plugins=(), home=None, epmd_port=None):
+    def __init__(
+        self, folder, name="rabbit", port=None, config="", advanced="[].", plugins=(), home=None, epmd_port=None
+    ):
         self.folder = Path(folder).resolve()
         self.home = Path(home).resolve() if home else self.folder
         self.name = f"{name}@localhost"
@@ -92,15 +105,10 @@ class Node:
         if self.pid is None:
             return False
         try:
-            if os.waitpid(self.pid, os.WNOHANG) != (0, 0):  # ours, and it has just ended
-                return False
-        except ChildProcessError:
-            pass  # started by an earlier command, or reaped before
-        try:
-            os.kill(self.pid, 0)
-        except OSError:
-            return False
-        return True
+            return os.waitpid(self.pid, os.WNOHANG) == (0, 0)
+        except ChildProcessError:  # started by an earlier command: by now its number may be another program's
+            command = _command_line(self.pid)
+            return f"-home {self.home}" in command or "rabbitmq-server" in command
 
     def start(self) -> "Node":
         """Start the node and return it when it answers AMQP. Its data from an earlier run are kept."""
@@ -111,7 +119,7 @@ class Node:
         """Start the process without waiting for it, e.g. because other nodes of its cluster must start as well."""
         self._write_settings()
         # The node must outlive this process, and a Ctrl+C in this terminal is not meant for it.
-        with open(self.folder / "console.log", "ab") as log:
+        with (self.folder / "console.log").open("ab") as log:
             process = subprocess.Popen(
                 [self._program("rabbitmq-server")], env=self._environment(), cwd=self.folder,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
@@ -125,8 +133,9 @@ class Node:
         deadline = time.monotonic() + timeout
         while not answers_amqp("127.0.0.1", self.port):
             if not self.running or time.monotonic() > deadline:
-                tail = (self.folder / "console.log").read_text(errors="replace")[-2000:]
-                raise NodeError(f"RabbitMQ did not start; the end of {self.folder / 'console.log'}:\n{tail}")
+                log = self.folder / "console.log"
+                # The first line says it all for a user; the rest is for a developer who sees the whole exception.
+                raise NodeError(f"RabbitMQ did not start, see {log}\n{log.read_text(errors='replace')[-2000:]}")
             time.sleep(0.1)
         return self
 
@@ -151,7 +160,9 @@ class Node:
     def ctl(self, *arguments: str, program: str = "rabbitmqctl") -> str:
         """Run rabbitmqctl (or another of RabbitMQ's programs) against the node and return what it prints."""
         command = [self._program(program), "-q", "-n", self.name, *arguments]
-        done = subprocess.run(command, env=self._environment(), cwd=self.folder, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command, env=self._environment(), cwd=self.folder, capture_output=True, text=True, timeout=120
+        )
         if done.returncode:
             raise NodeError(f"{program} {' '.join(arguments)} failed: {(done.stderr or done.stdout).strip()}")
         return done.stdout
@@ -169,8 +180,8 @@ class Node:
         return node
 
     def _save(self) -> None:
-        saved = {key: getattr(self, key) for key in ("name", "port", "dist_port", "epmd_port", "config", "advanced", "plugins", "pid")}
-        (self.folder / "node.json").write_text(json.dumps(saved))
+        keys = ("name", "port", "dist_port", "epmd_port", "config", "advanced", "plugins", "pid")
+        (self.folder / "node.json").write_text(json.dumps({key: getattr(self, key) for key in keys}))
 
     def _end(self, signum: int, timeout: float) -> None:
         if not self.running:

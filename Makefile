@@ -1,0 +1,64 @@
+# Everything there is to run. `make` alone lists it; each target sets up what it needs, and nothing twice.
+# Kept to what GNU make 3.81 knows, which is what macOS has.
+
+PYTHON ?= python3
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test bench chaos lint dead-letters requeue-dead-letters stop clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-22s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/run ## play the tutorial on a real RabbitMQ, in about a minute
+	@.venv/bin/python tools/demo.py
+
+test: .venv/dev ## run the tests on RabbitMQ nodes of their own (ARGS="-k name")
+	@.venv/bin/python tools/rabbitmq.py programs
+	@.venv/bin/python -m pytest $(ARGS)
+
+bench: .venv/dev ## measure the speed on a RabbitMQ node of its own
+	@.venv/bin/python tools/rabbitmq.py programs
+	@.venv/bin/python tools/bench.py $(ARGS)
+
+chaos: .venv/dev ## kill everything at random and count what is lost (ARGS="--help")
+	@.venv/bin/python tools/rabbitmq.py programs
+	@.venv/bin/python tools/chaos.py $(ARGS)
+
+lint: .venv/dev ## check style and formatting
+	@.venv/bin/python -m ruff check --quiet .
+	@.venv/bin/python -m ruff format --quiet --check .
+
+dead-letters: .venv/run ## list the tasks that failed too often
+	@.venv/bin/python tools/dead_letters.py list
+
+requeue-dead-letters: .venv/run ## send the tasks that failed too often again
+	@.venv/bin/python tools/dead_letters.py requeue
+
+stop: ## stop the RabbitMQ that demo started, and nothing else
+	@$(PYTHON) tools/rabbitmq.py stop
+
+clean: stop ## stop, and delete all that was set up here, RabbitMQ's data too
+	@rm -rf .venv .rabbitmq .pytest_cache .ruff_cache __pycache__ tests/__pycache__ tools/__pycache__
+
+# What is installed in .venv, as files that are as old as the installation.
+
+.venv/run: requirements.txt .venv/bin/python
+	@echo "Installing requirements.txt in .venv"
+	@.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/dev: requirements-dev.txt requirements.txt .venv/bin/python
+	@echo "Installing requirements-dev.txt in .venv"
+	@.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# Debian and Ubuntu keep what venv needs, ensurepip, in a package of its own.
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+		{ echo " [!] $(PYTHON) is missing or older than 3.10: install a newer one, or name it (make PYTHON=python3.13)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+		$(PYTHON) tools/apt.py "$$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
+	@echo "Creating .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear .venv

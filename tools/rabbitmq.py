@@ -1,0 +1,271 @@
+"""Finds or starts the RabbitMQ that the demo plays on, and stops what it started.
+
+    .venv/bin/python tools/rabbitmq.py start       find a RabbitMQ that runs, or start one
+    .venv/bin/python tools/rabbitmq.py stop        stop what was started here, and nothing else
+    .venv/bin/python tools/rabbitmq.py programs    see that RabbitMQ's programs are installed, for the tests
+
+What was started is written down in .rabbitmq/, and its data are kept there, or in the container's volume.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import apt
+from rabbitmq_node import Node, NodeError, answers_amqp, find_programs, free_port
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for task_queue.py
+
+# The private node with its data, and the record of a container: whatever the demo starts is written down in here.
+FOLDER = ROOT / ".rabbitmq"
+
+# The port that RabbitMQ has everywhere; what listens on it needs no AMQP_URL.
+PORT = 5672
+
+# How long Docker may take for a command (stopping a container takes it 10 s when RabbitMQ hangs), and how long a
+# killed container may take to answer again.
+DOCKER_TIMEOUT, RESTART_TIMEOUT = 40, 60
+
+OPTIONS = (
+    "No RabbitMQ, and no way to start one here. Do one of these and try again: set AMQP_URL to a RabbitMQ that runs; "
+    "start Docker; install RabbitMQ (Debian, Ubuntu: sudo apt-get install rabbitmq-server; macOS: brew install "
+    "rabbitmq), or name the folder of its programs in RABBITMQ_BIN"
+)
+
+
+class Container:
+    """RabbitMQ as the service `rabbitmq` of docker-compose.yml, started by us. It has what the demo uses of a Node."""
+
+    record = FOLDER / "container.json"
+
+    def __init__(self, identity: str, port: int):
+        self.identity, self.port = identity, port
+
+    @property
+    def url(self) -> str:
+        """The AMQP URL of this container."""
+        return f"amqp://guest:guest@127.0.0.1:{self.port}/%2F"
+
+    @property
+    def running(self) -> bool:
+        """Whether the container runs."""
+        return bool(_docker("ps", "-q", "--no-trunc", "--filter", f"id={self.identity}").stdout.strip())
+
+    def kill(self) -> None:
+        """End RabbitMQ at once (SIGKILL), as a power cut would."""
+        _docker("kill", self.identity)
+
+    def start(self) -> "Container":
+        """Start the container again, with its data, and return it when it answers AMQP."""
+        _docker("start", self.identity)
+        deadline = time.monotonic() + RESTART_TIMEOUT
+        while not answers_amqp("127.0.0.1", self.port):
+            if time.monotonic() > deadline:
+                raise NodeError(f"RabbitMQ did not come back in its container, see: docker logs {self.identity[:12]}")
+            time.sleep(0.1)
+        return self
+
+    def stop(self) -> None:
+        """Stop the container in good order; it keeps its data."""
+        _docker("stop", self.identity)
+
+    def save(self) -> "Container":
+        """Write down that this container is ours."""
+        FOLDER.mkdir(exist_ok=True)
+        self.record.write_text(json.dumps({"identity": self.identity, "port": self.port}))
+        return self
+
+    @classmethod
+    def load(cls) -> "Container | None":
+        """Return the container that an earlier command started, or None."""
+        try:
+            return cls(**json.loads(cls.record.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def find() -> Node | Container | None:
+    """Find a RabbitMQ that runs, or start one, in this order; say which. Return it if it was started here, else None.
+
+    NodeError if there is none to be had, or if AMQP_URL names one that doesn't let us in.
+    """
+    if os.environ.get("AMQP_URL"):
+        connect("demo").close()
+        say("using the one that AMQP_URL names")
+        return None
+    if answers_amqp("localhost", PORT):
+        server = _started_earlier(PORT)
+        say(f"using {'the one started earlier' if server else 'the one that answers'} on localhost:{PORT}")
+        return server
+    server = _resumed() or start_container() or start_node()
+    if server:
+        return server
+    if not apt.install("rabbitmq-server"):
+        raise NodeError(OPTIONS)
+    if answers_amqp("localhost", PORT):
+        say(f"using the package's own service on localhost:{PORT}")
+        return None
+    return start_node()
+
+
+def connect(name: str):
+    """Return a pika connection to the RabbitMQ that the two scripts would use; NodeError if it doesn't let us in."""
+    import pika  # here, because `stop` must work without a .venv
+
+    import task_queue
+
+    try:
+        return task_queue.first_that_answers(task_queue.nodes(name), pika.BlockingConnection)
+    except (task_queue.Unreachable, task_queue.Refused) as problem:
+        raise NodeError(str(problem)) from None
+
+
+def _started_earlier(port: int) -> Node | Container | None:
+    return next((server for server in started() if server.port == port), None)
+
+
+def _resumed() -> Node | None:
+    """Return our private node if an earlier command started it, on another port or without waiting for it."""
+    node = Node.load(FOLDER)
+    if not node or not node.running:
+        return None
+    node.wait_until_ready()
+    say(f"using the private node started earlier on localhost:{node.port}")
+    return node
+
+
+def start_container() -> Container | None:
+    """Start the service of docker-compose.yml. None without a Docker engine, or when it can't."""
+    if not _docker("version", "--format", "{{.Server.Version}}").stdout.strip():
+        return None  # no docker at all, or a client without an engine
+    say("starting it with Docker (docker compose up -d --wait rabbitmq)")
+    had = _compose("ps", "-q", "rabbitmq").stdout  # somebody else's, who has just started it
+    try:
+        up = _compose("up", "-d", "--wait", "--quiet-pull", "rabbitmq", timeout=None)
+    finally:
+        container = None if had else _created_container()
+    if up.returncode:
+        say(f"Docker can't: {(up.stderr.strip().splitlines() or ['no reason given'])[-1].strip()}")
+        if container:
+            _forget(container)
+        return None
+    say(f"ready on localhost:{PORT}" + (", in a container" if had else f", in container {container.identity[:12]}"))
+    return container
+
+
+def _created_container() -> Container | None:
+    identity = _compose("ps", "-a", "-q", "rabbitmq").stdout.strip()
+    address = _compose("port", "rabbitmq", str(PORT)).stdout.strip()
+    return Container(identity, int(address.rpartition(":")[2] or PORT)).save() if identity else None
+
+
+def start_node() -> Node | None:
+    """Start a private node with its data in .rabbitmq/. None where RabbitMQ is not installed."""
+    if find_programs() is None:
+        return None
+    node = Node.load(FOLDER) or Node(FOLDER)
+    node.port = PORT if _is_free(PORT) else free_port()
+    say(f"starting a private node, with its data in {FOLDER.name}/")
+    began = time.monotonic()
+    node.start()
+    say(f"ready on localhost:{node.port} after {time.monotonic() - began:.0f} s")
+    return node
+
+
+def _is_free(port: int) -> bool:
+    # Two questions, as macOS lets a second program bind 127.0.0.1 where another listens on all addresses.
+    try:
+        with socket.create_connection(("localhost", port), 1):
+            return False
+    except OSError:
+        pass
+    try:
+        with socket.create_server(("127.0.0.1", port)):
+            return True
+    except OSError:
+        return False
+
+
+def started() -> list[Node | Container]:
+    """Return what was started here and still runs."""
+    return [server for server in _recorded() if server.running]
+
+
+def stop() -> None:
+    """Stop the node or the container that was started here; both keep their data."""
+    if not started():
+        say("nothing to stop: none that was started here is running")
+    for server in started():
+        say(f"stopping the {type(server).__name__.lower()} on localhost:{server.port}")
+    for server in _recorded():
+        _forget(server)
+
+
+def _recorded() -> list[Node | Container]:
+    return [server for server in (Node.load(FOLDER), Container.load()) if server]
+
+
+def _forget(server: Node | Container) -> None:
+    """Stop it and delete the record that it is ours, so that the next one gets fresh ports."""
+    try:
+        server.stop()
+    finally:
+        if isinstance(server, Node):
+            server.close()
+            (FOLDER / "node.json").unlink()
+        else:
+            server.record.unlink()
+
+
+def see_programs() -> None:
+    """See that RabbitMQ's programs are installed, through apt where it may be used; NodeError if they are not."""
+    if find_programs() is None and not (apt.install("rabbitmq-server") and find_programs()):
+        raise NodeError(
+            "RabbitMQ is not installed, and this can't install it. Install it (Debian, Ubuntu: sudo apt-get install "
+            "rabbitmq-server; macOS: brew install rabbitmq) or name the folder of its programs in RABBITMQ_BIN"
+        )
+
+
+def say(what: str) -> None:
+    """Print one line on what is done about RabbitMQ."""
+    print(f"RabbitMQ: {what}", flush=True)
+
+
+def _compose(*arguments: str, timeout: float | None = DOCKER_TIMEOUT) -> subprocess.CompletedProcess:
+    return _docker("compose", *arguments, timeout=timeout)
+
+
+def _docker(*arguments: str, timeout: float | None = DOCKER_TIMEOUT) -> subprocess.CompletedProcess:
+    """Run docker in the project's folder; a failure, also a missing docker, shows in returncode and stderr."""
+    command = ["docker", *arguments]
+    try:
+        return subprocess.run(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, 1, "", str(error))
+
+
+def main() -> int:
+    """Do what the command line says."""
+    commands = {"start": find, "stop": stop, "programs": see_programs}
+    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        commands[sys.argv[1]]()
+    except NodeError as error:
+        print(f" [!] {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
