@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+"""Send tasks to the queue that worker.py takes them from.
+
+    python new_task.py First message.           send one task: the words, joined with spaces
+    python new_task.py                          send "Hello World!"
+    tail -f jobs.txt | python new_task.py -     send each line of the standard input as a task of its own
+    AMQP_URL=amqp://USER:PASSWORD@HOST/ python new_task.py ...        use another RabbitMQ than the one on localhost
+
+"Sent" means that RabbitMQ has the task on disk and has said so. The exit status is 0 then, 1 if it isn't so, and 2
+if the command line is wrong.
+"""
+
+import os
+import select
+import sys
+import time
+
+import pika
+
+from publisher import NotConfirmed, Publisher
+from task_queue import QUEUE, shown, tidy_output, warn
+
+USAGE = "usage: python new_task.py [WORD ...], or python new_task.py -   (python new_task.py --help tells more)"
+
+
+def send(tasks, publisher=None) -> int:
+    """Send tasks (an iterable of bytes) and return their number, once RabbitMQ has confirmed every one of them.
+
+    publisher: one from task_publisher() that the caller keeps; without it, each call has a connection of its own.
+    NotConfirmed, with the reason and the number of leading tasks that are confirmed, if RabbitMQ can't be reached,
+    refuses, or confirms nothing for a minute.
+    """
+    if publisher:
+        return publisher.send(tasks)
+    with task_publisher() as publisher:
+        return publisher.send(tasks)
+
+
+def task_publisher(tell=lambda line: None) -> Publisher:
+    """Return a connection for send() that can be kept, e.g. for as long as a web application runs."""
+    return Publisher(set_up, publish, tell)
+
+
+def set_up(channel, arguments, on_confirm) -> None:
+    """Make sure that the queue is there, and that RabbitMQ tells us of every task it has stored."""
+    channel.queue_declare(queue=QUEUE, durable=True, arguments=arguments)
+    channel.confirm_delivery(on_confirm)
+
+
+def publish(channel, task: bytes, message_id: str) -> None:
+    """Publish one task. Whether it arrived is what on_confirm() hears, later."""
+    channel.basic_publish(
+        exchange="",  # the default exchange: it routes to the queue of that name
+        routing_key=QUEUE,
+        body=task,
+        properties=pika.BasicProperties(
+            delivery_mode=pika.DeliveryMode.Persistent.value,  # on disk, not only in memory
+            content_type="text/plain",
+            message_id=message_id,  # for a worker that wants to know whether it has seen this task before
+            timestamp=int(time.time()),
+        ),
+        mandatory=True,  # without it RabbitMQ confirms even a task that it could not put into any queue
+    )
+
+
+def send_words(words: list[str]) -> str:
+    """Send the words as one task, and return what to print."""
+    # fsencode() gives back the very bytes that the shell passed, also where they are no text.
+    task = os.fsencode(" ".join(words) if words else "Hello World!")
+    with task_publisher(tell=warn) as publisher:
+        send([task], publisher)
+    return f" [x] Sent {shown(task)}"
+
+
+def send_lines() -> str:
+    """Send each line of the standard input as a task, and return what to print."""
+    with task_publisher(tell=warn) as publisher:
+        try:
+            sent = publisher.send_numbered(numbered_lines(sys.stdin.fileno(), publisher.check))
+        except KeyboardInterrupt:
+            publisher.close()
+            raise NotConfirmed("interrupted", publisher.leading_confirmed()) from None
+    return f" [x] Sent {sent} tasks"
+
+
+def numbered_lines(file: int, check):
+    """Yield (number, line) for each line of a file descriptor that is not empty, as they come, without the newline.
+
+    check() is called every second while no line comes: someone must notice that RabbitMQ is gone.
+    """
+    number, rest, chunk = 0, b"", b"\n"
+    while chunk:
+        while not select.select([file], [], [], 1)[0]:
+            check()
+        chunk = os.read(file, 1 << 16)
+        *lines, rest = (rest + (chunk or b"\n")).split(b"\n")
+        for line in lines:
+            number += 1
+            if line:
+                yield number, line
+
+
+def main() -> int:
+    """Do what the command line says; return the exit status."""
+    tidy_output()
+    words = sys.argv[1:]
+    if words in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return 0
+    if words[:1] == ["--"]:  # what follows are words, whatever they begin with
+        words = words[1:]
+    elif words and words[0].startswith("-") and words != ["-"]:
+        print(USAGE, file=sys.stderr)
+        return 2
+    try:
+        print(send_lines() if words == ["-"] else send_words(words))
+        return 0
+    except NotConfirmed as problem:
+        warn(f"Not sent: {problem}" + how_to_go_on(problem.confirmed) * (words == ["-"]))
+    except KeyboardInterrupt:
+        warn("Not sent: interrupted")
+    return 1
+
+
+def how_to_go_on(confirmed: int) -> str:
+    """Return what to tell someone whose list of tasks was sent only in part."""
+    return (
+        f". The first {confirmed} lines are confirmed; "
+        f"to send the others: tail -n +{confirmed + 1} FILE | python new_task.py -"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

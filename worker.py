@@ -1,0 +1,123 @@
+#!/usr/bin/env python3
+"""Do the tasks that new_task.py sends, one at a time.
+
+    python worker.py                 run until Ctrl+C; start as many as you like, each in its own shell
+    python worker.py --graceful      on SIGTERM finish the task in hand first (Ctrl+C still hands it back at once)
+    AMQP_URL=amqp://USER:PASSWORD@HOST/ python worker.py        use another RabbitMQ than the one on localhost
+
+A task is acknowledged after it is done. If this worker dies before that, RabbitMQ gives the task to another one:
+no task is lost, but a task may be done twice.
+"""
+
+import sys
+import time
+
+import pika
+
+from keep_working import arguments_for, keep_working
+from task_queue import DEAD_LETTERS, QUEUE, Refused, printable, shown, tidy_output, warn
+
+# After so many deliveries a task is set aside. RabbitMQ's own limit is 20: there it would drop the task.
+MAX_DELIVERIES = 10
+
+# How long to wait before a failed task goes back: what made it fail may pass, and failing must not keep a CPU busy.
+PAUSE_AFTER_FAILURE = 1
+
+
+def work(task: bytes) -> None:
+    """Do one task: sleep a second for each dot. Put your own work here.
+
+    It may block for as long as it likes, and may raise: then the task is tried again, up to MAX_DELIVERIES times.
+    It may be given the same task twice, after a fault: doing a task twice must be as good as doing it once.
+    """
+    time.sleep(task.count(b"."))
+
+
+def do_tasks(channel, keep_alive) -> None:
+    """Take tasks from the queue and do them, for as long as the channel lasts."""
+    channel.queue_declare(queue=QUEUE, durable=True, arguments=arguments_for(QUEUE, channel.connection))
+    # Take one task at a time: a worker that is busy leaves the other tasks to those that are free.
+    channel.basic_qos(prefetch_count=1)
+    print(" [*] Waiting for messages. To exit press CTRL+C")
+    for method, properties, task in keep_alive.until_stopped(channel.consume(QUEUE)):
+        if earlier_deliveries(properties) >= MAX_DELIVERIES:
+            set_aside(channel, method, properties, task, "no worker came to the end of it")
+            continue
+        print(f" [x] Received {shown(task)}" + (" (redelivered)" if method.redelivered else ""))
+        try:
+            with keep_alive:
+                work(task)
+        except (Exception, SystemExit) as error:
+            failed(channel, method, properties, task, error, keep_alive)
+        else:
+            print(" [x] Done")
+            # Not before the work is done: until RabbitMQ has this, it keeps the task for another worker.
+            channel.basic_ack(method.delivery_tag)
+
+
+def failed(channel, method, properties, task, error, keep_alive) -> None:
+    """Give back a task whose work raised, for another try; or set it aside when it has had its tries."""
+    why = f"{type(error).__name__}: {error} ({where(error)})"
+    if earlier_deliveries(properties) + 1 >= MAX_DELIVERIES:
+        set_aside(channel, method, properties, task, why)
+        return
+    warn(printable(f"Failed {shown(task)}: {why}. It will be tried again."))
+    with keep_alive:
+        time.sleep(PAUSE_AFTER_FAILURE)
+    # A reject, not a nack: every RabbitMQ counts it as a delivery that failed.
+    channel.basic_reject(method.delivery_tag, requeue=True)
+
+
+def where(error: BaseException) -> str:
+    """Return the file and line that raised an error: one line must do where Python would print a traceback."""
+    place = error.__traceback__
+    while place.tb_next:
+        place = place.tb_next
+    return f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}"
+
+
+def earlier_deliveries(properties) -> int:
+    """Return how often a task was delivered in vain. A quorum queue counts that; a classic one doesn't, and it is 0."""
+    return (properties.headers or {}).get("x-delivery-count", 0)
+
+
+def set_aside(channel, method, properties, task, why: str) -> None:
+    """Move a task that can't be done to the queue of dead letters, where it harms nobody and is not lost."""
+    connection = channel.connection
+    aside = connection.channel()
+    aside.queue_declare(queue=DEAD_LETTERS, durable=True, arguments=arguments_for(DEAD_LETTERS, connection))
+    aside.confirm_delivery()
+    deliveries = earlier_deliveries(properties) + 1
+    properties.headers = (properties.headers or {}) | {
+        "x-set-aside-because": printable(why),
+        "x-set-aside-after-deliveries": deliveries,
+        "x-set-aside-at": int(time.time()),
+    }
+    properties.delivery_mode = pika.DeliveryMode.Persistent.value
+    aside.basic_publish(exchange="", routing_key=DEAD_LETTERS, body=task, properties=properties, mandatory=True)
+    # Only now that RabbitMQ has confirmed the copy: a crash in between leaves two, never none.
+    channel.basic_ack(method.delivery_tag)
+    aside.close()
+    warn(printable(f"Set aside {shown(task)} in {DEAD_LETTERS} after {deliveries} deliveries: {why}"))
+
+
+def main() -> int:
+    """Run the worker; return its exit status."""
+    tidy_output()
+    arguments = sys.argv[1:]
+    if arguments in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return 0
+    if arguments not in ([], ["--graceful"]):
+        print("usage: python worker.py [--graceful]   (python worker.py --help tells more)", file=sys.stderr)
+        return 2
+    try:
+        keep_working(do_tasks, graceful=bool(arguments))
+    except Refused as problem:
+        warn(str(problem))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
