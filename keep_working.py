@@ -29,6 +29,12 @@ GOODBYE_SECONDS = 5
 # What pika raises when RabbitMQ or the network fails; the last two are its slips on connections that have just closed.
 LOST = (AMQPError, OSError, ValueError, AssertionError)
 
+# Up to RabbitMQ 4.2 it closes the channel, from 4.3 on it only cancels the consumer.
+TOO_LONG = (
+    "RabbitMQ took the task back, as it does when one takes longer than consumer_timeout (30 minutes, unless "
+    "rabbitmq.conf says otherwise; raise it there)"
+)
+
 
 class Stop(BaseException):
     """The user or the service manager wants this worker to end. No `except Exception` in work() holds it up."""
@@ -96,10 +102,7 @@ def why_cancelled(connection) -> str:
         except ChannelClosedByBroker as error:
             if "no queue" in error.reply_text:  # and not one whose node is down
                 return f"The queue {QUEUE!r} was deleted. Declaring it again."
-    return (
-        "RabbitMQ cancelled this consumer, as it does when a task takes longer than consumer_timeout in rabbitmq.conf "
-        "(30 minutes by default): that task will be done again. Consuming anew."
-    )
+    return f"{TOO_LONG}. The task will be done again."
 
 
 def arguments_for(queue: str, connection) -> dict:
@@ -167,11 +170,11 @@ class KeepAlive:
                     self._connection.process_data_events()
                     if self._channel.is_open:
                         continue
-                    why = "RabbitMQ closed the channel, as this task took longer than consumer_timeout in rabbitmq.conf"
+                    why = TOO_LONG
                 except LOST as error:
                     why = f"Lost RabbitMQ ({describe(error)})"
                 self.lost = True
-                warn(f"{why}. It will be done again.")
+                warn(f"{why}. This task will be done again.")
                 return
 
     def hand_back(self) -> str:

@@ -15,7 +15,10 @@ import select
 import sys
 import time
 
-import pika
+try:
+    import pika
+except ModuleNotFoundError:
+    sys.exit(" [!] pika is not installed. Install it with: python -m pip install -r requirements.txt")
 
 from publisher import NotConfirmed, Publisher
 from task_queue import QUEUE, shown, tidy_output, warn

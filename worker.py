@@ -12,7 +12,10 @@ no task is lost, but a task may be done twice.
 import sys
 import time
 
-import pika
+try:
+    import pika
+except ModuleNotFoundError:
+    sys.exit(" [!] pika is not installed. Install it with: python -m pip install -r requirements.txt")
 
 from keep_working import arguments_for, keep_working
 from task_queue import DEAD_LETTERS, QUEUE, Refused, printable, shown, tidy_output, warn
@@ -41,7 +44,7 @@ def do_tasks(channel, keep_alive) -> None:
     print(" [*] Waiting for messages. To exit press CTRL+C")
     for method, properties, task in keep_alive.until_stopped(channel.consume(QUEUE)):
         if earlier_deliveries(properties) >= MAX_DELIVERIES:
-            set_aside(channel, method, properties, task, "no worker came to the end of it")
+            set_aside(channel, method, properties, task, "each time its worker died, or took too long")
             continue
         print(f" [x] Received {shown(task)}" + (" (redelivered)" if method.redelivered else ""))
         try:

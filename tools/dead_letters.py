@@ -1,0 +1,86 @@
+"""Look after the tasks that were set aside: `dead_letters.py list` or `dead_letters.py requeue`.
+
+A worker sets a task aside in the queue task_queue_dead_letters when it has failed too often. Listing leaves them
+where they are. Requeueing sends them to task_queue again, for instance when what made them fail has been mended.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pika  # noqa: E402
+from pika.exceptions import AMQPError, ChannelClosedByBroker  # noqa: E402
+
+from task_queue import (  # noqa: E402
+    DEAD_LETTERS,
+    QUEUE,
+    Refused,
+    Unreachable,
+    describe,
+    first_that_answers,
+    nodes,
+    printable,
+    shown,
+    tidy_output,
+    warn,
+)
+
+
+def dead_letters(channel):
+    """Yield (delivery tag, properties, task) for each dead letter that is there now, the oldest first."""
+    waiting = channel.queue_declare(queue=DEAD_LETTERS, passive=True).method.message_count
+    for _ in range(waiting):
+        method, properties, task = channel.basic_get(DEAD_LETTERS)
+        if method is None:  # somebody else took it
+            return
+        yield method.delivery_tag, properties, task
+
+
+def show(channel) -> None:
+    """Print a line for each dead letter. They are not acknowledged: RabbitMQ keeps them."""
+    for _, properties, task in dead_letters(channel):
+        headers = properties.headers or {}
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(headers.get("x-set-aside-at", 0)))
+        deliveries = headers.get("x-set-aside-after-deliveries")
+        why = printable(str(headers.get("x-set-aside-because")))
+        print(f" [x] {shown(task)}, set aside {when} after {deliveries} deliveries: {why}")
+
+
+def requeue(channel) -> None:
+    """Send each dead letter to the task queue. RabbitMQ has the copy before it forgets the original."""
+    channel.confirm_delivery()
+    for delivery_tag, properties, task in dead_letters(channel):
+        properties.headers = {k: v for k, v in (properties.headers or {}).items() if not k.startswith("x-")}
+        channel.basic_publish(exchange="", routing_key=QUEUE, body=task, properties=properties, mandatory=True)
+        channel.basic_ack(delivery_tag)
+        print(f" [x] Requeued {shown(task)}")
+
+
+def main() -> int:
+    """Do what the command line says; return the exit status."""
+    tidy_output()
+    commands = {"list": show, "requeue": requeue}
+    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+        print("usage: dead_letters.py list|requeue", file=sys.stderr)
+        return 2
+    try:
+        with first_that_answers(nodes("dead_letters.py"), pika.BlockingConnection) as connection:
+            commands[sys.argv[1]](connection.channel())
+        return 0
+    except ChannelClosedByBroker as error:
+        if error.reply_code == 404 and DEAD_LETTERS in error.reply_text:
+            return 0  # no task was ever set aside
+        warn(f"RabbitMQ refuses: {describe(error)}")
+    except AMQPError as error:
+        warn(f"Lost RabbitMQ ({describe(error)}). No task is lost; try again.")
+    except (Unreachable, Refused) as problem:
+        warn(str(problem))
+    except KeyboardInterrupt:
+        warn("Interrupted. No task is lost.")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
