@@ -4,17 +4,21 @@
 
 RabbitMQ is found or started by tools/rabbitmq.py and stays up; `make stop` stops it if the demo started it.
 """
+# ruff: noqa: E402
+
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C during the imports, which take a moment: just end, no traceback
 
 import os
 import queue
 import re
-import signal
 import subprocess
 import sys
 import threading
 import time
 from ast import literal_eval
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +26,7 @@ import rabbitmq
 from pika.exceptions import AMQPError, ChannelClosedByBroker
 from rabbitmq_node import Node, NodeError
 
-from task_queue import QUEUE
+from task_queue import QUEUE, describe
 
 ROOT = rabbitmq.ROOT
 
@@ -69,10 +73,11 @@ class Shell:
 
     def run(self, *command: str) -> None:
         """Start one of the two scripts; each line that it prints goes to the queue of lines, None at its end."""
+        # In a session of its own: a Ctrl+C in this terminal is for the demo, which then ends it properly.
         with signals_held():
             self.process = subprocess.Popen(
                 [sys.executable, *command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, errors="replace",
+                stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
             )  # fmt: skip
         threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
 
@@ -354,24 +359,25 @@ def tally(demo: Demo, taken: int | None) -> int:
     """Print the counts of what the processes printed; return how many tasks were lost."""
     sent, received, done = ([e for e in demo.events if e.what == what] for what in ("sent", "received", "done"))
     tasks_done = {event.task for event in done}
-    undone = [event for event in sent if event.task not in tasks_done]
     counts = {"sent": len(sent), "done": len(tasks_done), "done again": len(done) - len(tasks_done)}
     counts |= {"redelivered": sum(event.redelivered for event in received), "taken back": taken or 0}
-    lost = len(undone) - (taken or 0)
     counts = {what: count for what, count in counts.items() if count or what in ("sent", "done", "redelivered")}
-    counts["lost"] = max(lost, 0)
+    undone = sum(event.task not in tasks_done for event in sent)
+    lost = max(0, undone - (taken or 0))
+    # Without RabbitMQ there is no telling what it still has.
+    counts["lost" if taken is not None else "lost or still in the queue"] = lost
     text = ", ".join(f"{what} {count}" for what, count in counts.items())
-    print("\n" + paint("red" if lost > 0 else "green", f"Tally: {text}"), flush=True)
-    return max(lost, 0)
+    print("\n" + paint("red" if lost else "green", f"Tally: {text}"), flush=True)
+    return lost
 
 
 def how_to_go_on(server: Node | rabbitmq.Container | None) -> None:
     """Say how to go on by hand."""
-    # On the usual port no setting is needed; the one that the user made is still there.
-    setting = f"AMQP_URL={server.url} " if server and server.port != rabbitmq.PORT else ""
     print("\nRabbitMQ stays up. Go on by hand, in as many shells as you like:")
-    print(f"    {setting}{python()} worker.py")
-    print(f'    {setting}{python()} new_task.py "A task of three seconds..."')
+    if server and server.port != rabbitmq.PORT:
+        print(f"    export AMQP_URL={server.url}")
+    print(f"    {python()} worker.py")
+    print(f'    {python()} new_task.py "A task of three seconds..."')
     if server:
         print("make stop stops it.")
 
@@ -442,6 +448,7 @@ def play(demo: Demo) -> None:
     demo.server = rabbitmq.find()
     if demo.server and demo.server.port != rabbitmq.PORT:
         os.environ["AMQP_URL"] = demo.server.url  # also for the processes that this one starts
+        rabbitmq.say(f"not on its usual port, so in every shell: export AMQP_URL={demo.server.url}")
     refuse_to_meddle()
     round_robin(demo)
     killed_workers(demo)
@@ -469,6 +476,8 @@ def main() -> int:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the rest takes a few seconds at most, and must not be left undone
     taken = clear_up(demo)
+    if status > 1 and taken is None:
+        complain(f"RabbitMQ does not answer: what was sent waits for a worker ({python()} worker.py)")
     if status > 1 and rabbitmq.started():
         complain("Stopped. RabbitMQ, which the demo started, stays up: make stop stops it.")
     if status > 1 or not demo.tasks:
@@ -490,7 +499,9 @@ def outcome(demo: Demo) -> int:
     except (Failed, NodeError) as problem:
         complain(str(problem).splitlines()[0])
         return 1
-    except BrokenPipeError:  # `make demo | head`
+    except OSError as error:  # nobody reads on (`make demo | head`, a closed terminal), or .rabbitmq can't be written
+        with suppress(OSError):
+            complain(describe(error))
         silence()
         return 1
     return 0
