@@ -233,7 +233,7 @@ class Signals:
 
     def hold_off(self) -> None:
         """From here on a signal waits for the next let_in()."""
-        self._welcome = False
+        self._welcome = []
 
     @contextlib.contextmanager
     def welcome(self):

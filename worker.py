@@ -43,8 +43,9 @@ def do_tasks(channel, keep_alive) -> None:
     channel.basic_qos(prefetch_count=1)
     print(" [*] Waiting for messages. To exit press CTRL+C")
     for method, properties, task in keep_alive.until_stopped(channel.consume(QUEUE)):
-        if earlier_deliveries(properties) >= MAX_DELIVERIES:
-            set_aside(channel, method, properties, task, "each time its worker died, or took too long")
+        tries = earlier_deliveries(properties)
+        if tries >= MAX_DELIVERIES:
+            set_aside(channel, method, properties, task, tries, "each time its worker died, or took too long")
             continue
         print(f" [x] Received {shown(task)}" + (" (redelivered)" if method.redelivered else ""))
         try:
@@ -61,8 +62,9 @@ def do_tasks(channel, keep_alive) -> None:
 def failed(channel, method, properties, task, error, keep_alive) -> None:
     """Give back a task whose work raised, for another try; or set it aside when it has had its tries."""
     why = f"{type(error).__name__}: {error} ({where(error)})"
-    if earlier_deliveries(properties) + 1 >= MAX_DELIVERIES:
-        set_aside(channel, method, properties, task, why)
+    tries = earlier_deliveries(properties) + 1
+    if tries >= MAX_DELIVERIES:
+        set_aside(channel, method, properties, task, tries, why)
         return
     warn(printable(f"Failed {shown(task)}: {why}. It will be tried again."))
     with keep_alive:
@@ -84,16 +86,15 @@ def earlier_deliveries(properties) -> int:
     return (properties.headers or {}).get("x-delivery-count", 0)
 
 
-def set_aside(channel, method, properties, task, why: str) -> None:
+def set_aside(channel, method, properties, task, tries: int, why: str) -> None:
     """Move a task that can't be done to the queue of dead letters, where it harms nobody and is not lost."""
     connection = channel.connection
     aside = connection.channel()
     aside.queue_declare(queue=DEAD_LETTERS, durable=True, arguments=arguments_for(DEAD_LETTERS, connection))
     aside.confirm_delivery()
-    deliveries = earlier_deliveries(properties) + 1
     properties.headers = (properties.headers or {}) | {
         "x-set-aside-because": printable(why),
-        "x-set-aside-after-deliveries": deliveries,
+        "x-set-aside-after-deliveries": tries,
         "x-set-aside-at": int(time.time()),
     }
     properties.delivery_mode = pika.DeliveryMode.Persistent.value
@@ -101,7 +102,7 @@ def set_aside(channel, method, properties, task, why: str) -> None:
     # Only now that RabbitMQ has confirmed the copy: a crash in between leaves two, never none.
     channel.basic_ack(method.delivery_tag)
     aside.close()
-    warn(printable(f"Set aside {shown(task)} in {DEAD_LETTERS} after {deliveries} deliveries: {why}"))
+    warn(printable(f"Set aside {shown(task)} in {DEAD_LETTERS} after {tries} deliveries: {why}"))
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ import pika
 import pytest
 from conftest import DEADLINE, ROOT, Broker, Node, Shells, TcpProxy
 
+import task_queue
 from task_queue import DEAD_LETTERS, QUEUE
 
 # A worker whose work is another, as its users would replace it.
@@ -35,6 +36,32 @@ def worker_with(tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="module")
+def strict_node(tmp_path_factory):
+    """A RabbitMQ of little patience: it waits 2 s for an acknowledgement, and takes no task above 100 kB."""
+    node = Node(
+        tmp_path_factory.mktemp("strict"),
+        config="consumer_timeout = 2000\nmax_message_size = 100000\n",
+        advanced="[{rabbit, [{channel_tick_interval, 1000}, {quorum_tick_interval, 1000}]}].",
+    )
+    yield node.start()
+    node.close()
+
+
+@pytest.fixture
+def strict(strict_node):
+    broker = Broker(strict_node)
+    broker.empty()
+    return broker
+
+
+@pytest.fixture
+def strict_shells(strict):
+    shells = Shells(strict.url)
+    yield shells
+    shells.close()
 
 
 def headers_of_dead_letter(broker) -> dict:
@@ -76,7 +103,7 @@ def test_a_task_that_kills_its_workers_is_set_aside_after_ten_of_them(broker, sh
     worker.wait_for("Received 'harmless'")
     worker.wait_for("[x] Done")
     assert "Received 'deadly'" not in str(worker)
-    assert headers_of_dead_letter(broker)["x-set-aside-after-deliveries"] == 11
+    assert headers_of_dead_letter(broker)["x-set-aside-after-deliveries"] == 10
 
 
 def test_a_failing_task_on_a_classic_queue_is_tried_with_pauses(broker, shells, worker_with):
@@ -105,3 +132,128 @@ def test_handing_back_does_not_count_where_rabbitmq_can_tell(broker, shells):
     assert method.redelivered
     old = broker.node.ctl("version").startswith("3.")
     assert (properties.headers or {}).get("x-delivery-count", 0) == (2 if old else 0)
+
+
+def test_dead_letters_are_listed_and_sent_back(broker, shells, worker_with):
+    shells.send("bad \x1b[31m")
+    failing = shells.start(worker_with("raise ValueError"))
+    failing.wait_for("Set aside")
+    failing.kill()
+    for _ in range(2):  # listing changes nothing
+        listed = shells.start("tools/dead_letters.py", "list")
+        assert listed.ends() == 0
+        assert re.fullmatch(
+            r" \[x\] 'bad \\x1b\[31m', set aside [-0-9]+ [:0-9]+ after 10 deliveries: ValueError:  \(.*\)",
+            "".join(listed.output()),
+        )
+    requeued = shells.start("tools/dead_letters.py", "requeue")
+    assert requeued.ends() == 0
+    assert requeued.output() == [r" [x] Requeued 'bad \x1b[31m'"]
+    worker = shells.worker()
+    worker.wait_for("[x] Done")
+    assert worker.output()[1] == r" [x] Received 'bad \x1b[31m'"
+    assert shells.start("tools/dead_letters.py", "list").ends() == 0
+
+
+# A connection that ends
+
+
+def test_a_worker_comes_back_after_its_connection_was_cut(broker, shells, proxy):
+    worker = shells.worker(url=proxy.url)
+    assert proxy.cut() == 1
+    worker.wait_for("[*] Waiting for messages", times=2, within=5)
+    shells.send("after")
+    worker.wait_for("[x] Done")
+    assert worker.output("stderr") == [" [!] Lost RabbitMQ (Transport indicated EOF). Reconnecting."]
+
+
+def test_a_task_whose_connection_was_cut_is_done_again(broker, shells, proxy):
+    worker = shells.worker(url=proxy.url)
+    shells.send("three...", "next")
+    worker.wait_for("Received 'three...'")
+    assert proxy.cut() == 1
+    said = worker.wait_for("This task will be done again", within=2)
+    finished = worker.wait_for("[x] Done")
+    assert said.at < finished.at
+    worker.wait_for("Received 'three...' (redelivered)")
+    worker.wait_for("Received 'next'")
+    worker.wait_for("[x] Done", times=3)
+    assert len(worker.output("stderr")) == 1
+
+
+def test_a_connection_that_is_silently_dead_is_noticed(broker, shells, proxy):
+    worker = shells.worker(url=proxy.url + "?heartbeat=2")
+    shells.send("long" + "." * 30)
+    worker.wait_for("Received")
+    assert proxy.stall() == 1
+    worker.wait_for("This task will be done again", within=2 * (2 + 5) + 5)
+    other = shells.worker()
+    other.wait_for("(redelivered)", within=10)
+
+
+def test_heartbeats_come_every_20_seconds_unless_the_url_says_otherwise(monkeypatch):
+    for url, seconds in {"amqp://h": 20, "amqp://h/?heartbeat=7": 7, "amqp://h/?heartbeat=0": 0}.items():
+        monkeypatch.setenv("AMQP_URL", url)
+        assert task_queue.nodes("test")[0].heartbeat == seconds
+
+
+def test_a_worker_comes_back_when_rabbitmq_closes_its_connection(broker, shells):
+    worker = shells.worker()
+    broker.node.ctl("close_all_connections", "maintenance")
+    worker.wait_for("[*] Waiting for messages", times=2, within=10)
+    (line,) = worker.output("stderr")
+    assert "maintenance" in line
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_workers_wait_for_a_rabbitmq_that_goes_and_comes_back(mortal, mortal_shells, how):
+    idle, busy = mortal_shells.worker(), mortal_shells.worker()
+    mortal_shells.send("first......", "second......")
+    idle.wait_for("Received"), busy.wait_for("Received")
+    idle.ctrl_c()  # now one holds a task, the other task waits
+    assert idle.ends() == 0
+    idle = mortal_shells.worker(url=mortal.url)
+    getattr(mortal.node, how)()
+    assert not mortal.node.running
+    busy.wait_for("This task will be done again", within=3)
+    idle.wait_for("Trying until it answers")
+    mortal.node.start()
+    for worker, times in ((idle, 2), (busy, 2)):
+        worker.wait_for("[*] Waiting for messages", times, within=5 + 6)
+    mortal.wait_until(lambda: mortal.counts()["consumers"] == 2, "both consume again")
+    for task in ("first......", "second......"):
+        assert any(f"Received {task!r} (redelivered)" in str(worker) for worker in (idle, busy)), task
+
+
+def test_a_deleted_queue_is_declared_again(broker, shells):
+    worker = shells.worker()
+    with broker.connect() as connection:
+        connection.channel().queue_delete(QUEUE)
+    worker.wait_for("[*] Waiting for messages", times=2)
+    shells.send("after")
+    worker.wait_for("[x] Done")
+    assert worker.output("stderr") == [" [!] The queue 'task_queue' was deleted. Declaring it again."]
+
+
+def test_a_queue_deleted_during_work_is_declared_again(broker, shells):
+    worker = shells.worker()
+    shells.send("two..")
+    worker.wait_for("Received")
+    with broker.connect() as connection:
+        connection.channel().queue_delete(QUEUE)
+    worker.wait_for("[*] Waiting for messages", times=2)
+    shells.send("after")
+    worker.wait_for("[x] Done", times=2)
+
+
+def test_a_task_longer_than_the_ack_timeout_is_explained_and_work_goes_on(strict, strict_shells):
+    worker = strict_shells.worker()
+    strict_shells.send("long........")
+    worker.wait_for("[x] Done")
+    worker.wait_for("longer than consumer_timeout")
+    worker.wait_for("[*] Waiting for messages", times=2)
+    worker.wait_for("Received 'long........' (redelivered)")
+    with strict.connect() as connection:
+        connection.channel().queue_purge(QUEUE)
+    worker.kill()
+    worker = strict_shells.worker()
