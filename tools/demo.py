@@ -375,11 +375,10 @@ def how_to_go_on(server: Node | rabbitmq.Container | None) -> None:
     """Say how to go on by hand."""
     print("\nRabbitMQ stays up. Go on by hand, in as many shells as you like:")
     if server and server.port != rabbitmq.PORT:
-        print(f"    export AMQP_URL={server.url}")
+        print(f"    export AMQP_URL={os.environ['AMQP_URL']}")
     print(f"    {python()} worker.py")
     print(f'    {python()} new_task.py "A task of three seconds..."')
-    if server:
-        print("make stop stops it.")
+    print("make stop stops it." if server else "make stop leaves it alone: the demo did not start it.")
 
 
 # How it looks.
@@ -446,9 +445,6 @@ def signals_held():
 def play(demo: Demo) -> None:
     """Find a RabbitMQ and play the steps on it."""
     demo.server = rabbitmq.find()
-    if demo.server and demo.server.port != rabbitmq.PORT:
-        os.environ["AMQP_URL"] = demo.server.url  # also for the processes that this one starts
-        rabbitmq.say(f"not on its usual port, so in every shell: export AMQP_URL={demo.server.url}")
     refuse_to_meddle()
     round_robin(demo)
     killed_workers(demo)

@@ -47,11 +47,6 @@ class Container:
         self.identity, self.port = identity, port
 
     @property
-    def url(self) -> str:
-        """The AMQP URL of this container."""
-        return f"amqp://guest:guest@127.0.0.1:{self.port}/%2F"
-
-    @property
     def running(self) -> bool:
         """Whether the container runs."""
         return bool(_docker("ps", "-q", "--no-trunc", "--filter", f"id={self.identity}").stdout.strip())
@@ -63,6 +58,10 @@ class Container:
     def start(self) -> "Container":
         """Start the container again, with its data, and return it when it answers AMQP."""
         _docker("start", self.identity)
+        return self.wait_until_ready()
+
+    def wait_until_ready(self) -> "Container":
+        """Return the container when it answers AMQP."""
         deadline = time.monotonic() + RESTART_TIMEOUT
         while not answers_amqp("127.0.0.1", self.port):
             if time.monotonic() > deadline:
@@ -90,27 +89,22 @@ class Container:
 
 
 def find() -> Node | Container | None:
-    """Find a RabbitMQ that runs, or start one, in this order; say which. Return it if it was started here, else None.
+    """Find a RabbitMQ that runs, or start one. Return it if it was started here, now or earlier, else None.
 
-    NodeError if there is none to be had, or if AMQP_URL names one that doesn't let us in.
+    Sets AMQP_URL where the two scripts need it. NodeError if there is none, or if AMQP_URL's one doesn't let us in.
     """
     if os.environ.get("AMQP_URL"):
         connect("demo").close()
         say("using the one that AMQP_URL names")
         return None
-    if answers_amqp("localhost", PORT):
-        server = _started_earlier(PORT)
-        say(f"using {'the one started earlier' if server else 'the one that answers'} on localhost:{PORT}")
-        return server
-    server = _resumed() or start_container() or start_node()
-    if server:
-        return server
-    if not apt.install("rabbitmq-server"):
+    port = answering() or resumed() or start_container() or start_node() or start_installed()
+    if port is None:
         raise NodeError(OPTIONS)
-    if answers_amqp("localhost", PORT):
-        say(f"using the package's own service on localhost:{PORT}")
-        return None
-    return start_node()
+    server = next((server for server in started() if server.port == port), None)
+    if port != PORT:
+        os.environ["AMQP_URL"] = f"amqp://guest:guest@127.0.0.1:{port}/%2F"
+        say(f"not on its usual port, so in every shell: export AMQP_URL={os.environ['AMQP_URL']}")
+    return server
 
 
 def connect(name: str):
@@ -125,47 +119,55 @@ def connect(name: str):
         raise NodeError(str(problem)) from None
 
 
-def _started_earlier(port: int) -> Node | Container | None:
-    return next((server for server in started() if server.port == port), None)
+# The ways to a RabbitMQ, in the order in which they are tried. Each returns the port, or None if it leads nowhere.
 
 
-def _resumed() -> Node | None:
-    """Return our private node if an earlier command started it, on another port or without waiting for it."""
-    node = Node.load(FOLDER)
-    if not node or not node.running:
+def answering() -> int | None:
+    """Use what runs on RabbitMQ's usual port, whoever started it."""
+    if not answers_amqp("localhost", PORT):
         return None
-    node.wait_until_ready()
-    say(f"using the private node started earlier on localhost:{node.port}")
-    return node
+    say(f"using the one that answers on localhost:{PORT}")
+    return PORT
 
 
-def start_container() -> Container | None:
-    """Start the service of docker-compose.yml. None without a Docker engine, or when it can't."""
+def resumed() -> int | None:
+    """Use what was started here earlier, if it is on another port, or not ready yet."""
+    for server in started():
+        server.wait_until_ready()
+        say(f"using the one started earlier on localhost:{server.port}")
+        return server.port
+    return None
+
+
+def start_container() -> int | None:
+    """Start the service of docker-compose.yml, given a Docker engine."""
     if not _docker("version", "--format", "{{.Server.Version}}").stdout.strip():
         return None  # no docker at all, or a client without an engine
     say("starting it with Docker (docker compose up -d --wait rabbitmq)")
-    had = _compose("ps", "-q", "rabbitmq").stdout  # somebody else's, who has just started it
+    theirs = _compose("ps", "-q", "rabbitmq").stdout.strip()  # it runs already: somebody has just started it
     try:
         up = _compose("up", "-d", "--wait", "--quiet-pull", "rabbitmq", timeout=None)
     finally:
-        container = None if had else _created_container()
-    if up.returncode:
-        say(f"Docker can't: {(up.stderr.strip().splitlines() or ['no reason given'])[-1].strip()}")
-        if container:
-            _forget(container)
-        return None
-    say(f"ready on localhost:{PORT}" + (", in a container" if had else f", in container {container.identity[:12]}"))
-    return container
+        container = _composed()
+        if container and not theirs:
+            container.save()
+    if up.returncode == 0 and container:
+        say(f"ready on localhost:{container.port}")
+        return container.port
+    say(f"Docker can't: {(up.stderr.strip().splitlines() or ['no reason given'])[-1].strip()}")
+    if container and not theirs:
+        _forget(container)
+    return None
 
 
-def _created_container() -> Container | None:
+def _composed() -> Container | None:
     identity = _compose("ps", "-a", "-q", "rabbitmq").stdout.strip()
     address = _compose("port", "rabbitmq", str(PORT)).stdout.strip()
-    return Container(identity, int(address.rpartition(":")[2] or PORT)).save() if identity else None
+    return Container(identity, int(address.rpartition(":")[2] or PORT)) if identity else None
 
 
-def start_node() -> Node | None:
-    """Start a private node with its data in .rabbitmq/. None where RabbitMQ is not installed."""
+def start_node() -> int | None:
+    """Start a private node with its data in .rabbitmq/, where RabbitMQ is installed."""
     if find_programs() is None:
         return None
     node = Node.load(FOLDER) or Node(FOLDER)
@@ -174,7 +176,12 @@ def start_node() -> Node | None:
     began = time.monotonic()
     node.start()
     say(f"ready on localhost:{node.port} after {time.monotonic() - began:.0f} s")
-    return node
+    return node.port
+
+
+def start_installed() -> int | None:
+    """Install RabbitMQ where apt may be used. Its service runs then, or does not, as for instance in a container."""
+    return (answering() or start_node()) if apt.install("rabbitmq-server") else None
 
 
 def _is_free(port: int) -> bool:
