@@ -54,11 +54,12 @@ clean: stop ## stop, and delete all that was set up here, RabbitMQ's data too
 	@.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-# Debian and Ubuntu keep what venv needs, ensurepip, in a package of its own.
+# Debian and Ubuntu keep what venv needs, ensurepip, in a package of its own. Not `-m venv`: its answer to Ctrl+C is a
+# traceback.
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 		{ echo " [!] $(PYTHON) is missing or older than 3.10: install a newer one, or name it (make PYTHON=python3.13)" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 		$(PYTHON) tools/apt.py "$$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
 	@echo "Creating .venv with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv --clear .venv
+	@$(PYTHON) -c 'import signal as s; s.signal(s.SIGINT, s.SIG_DFL); import venv; venv.main(["--clear", ".venv"])'

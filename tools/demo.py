@@ -181,7 +181,9 @@ class Demo:
 
     def until_received(self, task: str, times: int = 1) -> Event:
         """Wait until workers have received the task so many times, and return the last one."""
-        self.until(lambda: len(self.of("received", task)) >= times, f"{task!r} to be received")
+        self.until(
+            lambda: len(self.of("received", task)) >= times, f"{task!r} to be received{' again' if times > 1 else ''}"
+        )
         return self.of("received", task)[-1]
 
     def seen(self, as_promised: bool, text: str) -> None:

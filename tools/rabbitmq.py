@@ -174,7 +174,11 @@ def start_node() -> int | None:
     node.port = PORT if _is_free(PORT) else free_port()
     say(f"starting a private node, with its data in {FOLDER.name}/")
     began = time.monotonic()
-    node.start()
+    try:
+        node.start()
+    except NodeError as error:
+        why = str(error).splitlines()[0]
+        raise NodeError(f"{why}; if it can't read the data of another version, make clean deletes them") from None
     say(f"ready on localhost:{node.port} after {time.monotonic() - began:.0f} s")
     return node.port
 
