@@ -39,7 +39,7 @@ requeue-dead-letters: .venv/run ## send the tasks that failed too often again
 stop: ## stop the RabbitMQ that demo started, and nothing else
 	@$(PYTHON) tools/rabbitmq.py stop
 
-clean: stop ## stop, and delete all that was set up here, RabbitMQ's data too
+clean: stop ## stop, and delete what was set up here: .venv, .rabbitmq with its data, caches
 	@rm -rf .venv .rabbitmq .pytest_cache .ruff_cache __pycache__ tests/__pycache__ tools/__pycache__
 
 # What is installed in .venv, as files that are as old as the installation.

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import rabbitmq
-from pika.exceptions import AMQPError, ChannelClosedByBroker
+from pika.exceptions import ChannelClosedByBroker
 from rabbitmq_node import Node, NodeError
 
 from task_queue import QUEUE, describe
@@ -352,7 +352,7 @@ def take_back(tasks: list[str]) -> int | None:
             elif not method:
                 connection.sleep(0.1)
         connection.close()  # hands back what was others'
-    except (NodeError, AMQPError):
+    except Exception:  # no RabbitMQ any more, in one of the many ways in which pika says so
         return None
     return taken
 
