@@ -394,6 +394,8 @@ class Run:
         hit = self.behind_the_proxy()
         self.took_place("producer-stalled", hit, f"{len(hit)} of them").end = float("inf")
         self.proxy.stall()
+        # It takes a while to notice and to send its tasks again; the faults to come shall not wait for that.
+        self.sending.pop(True).end_of_input()
 
     def single_killed(self, tasks) -> None:
         *tasks, single = tasks
