@@ -82,7 +82,7 @@ def work_until_it_ends(connection, do_tasks, signals) -> bool:
         raise
     except ChannelClosedByBroker as error:
         if error.reply_code == 403:
-            raise Refused(f"RabbitMQ forbids this user to take tasks: {describe(error)}") from None
+            raise Refused(f"RabbitMQ forbids this user to take tasks: {describe(error)}.") from None
         warn(f"RabbitMQ closed the channel: {describe(error)}. Opening another.")
     except LOST as error:
         if not keep_alive.lost:  # else it has been said
@@ -96,6 +96,7 @@ def work_until_it_ends(connection, do_tasks, signals) -> bool:
 
 def why_cancelled(connection) -> str:
     """Return a line that says why RabbitMQ ended our consumer, though it closed neither channel nor connection."""
+    time.sleep(0.5)  # RabbitMQ 4 cancels the consumers of a queue a moment before it deletes the queue
     with contextlib.suppress(*LOST):
         try:
             connection.channel().queue_declare(queue=QUEUE, passive=True)
@@ -224,6 +225,8 @@ class Signals:
         self._signum = signum
         if signum in self._welcome:
             raise Stop
+        if self._welcome:  # we work, and SIGTERM waits for that; print() must not be used in a signal handler
+            os.write(2, b" [!] SIGTERM: will stop when this task is done, or at once on a second signal.\n")
 
     def let_in(self, working: bool = False) -> None:
         """From here on a signal raises Stop, and one that has come meanwhile does so now."""

@@ -82,7 +82,7 @@ def send_lines() -> str:
             sent = publisher.send_numbered(numbered_lines(sys.stdin.fileno(), publisher.check))
         except KeyboardInterrupt:
             publisher.close()
-            raise NotConfirmed("interrupted", publisher.leading_confirmed()) from None
+            raise NotConfirmed("interrupted.", publisher.leading_confirmed()) from None
     return f" [x] Sent {sent} tasks"
 
 
@@ -121,14 +121,14 @@ def main() -> int:
     except NotConfirmed as problem:
         warn(f"Not sent: {problem}" + how_to_go_on(problem.confirmed) * (words == ["-"]))
     except KeyboardInterrupt:
-        warn("Not sent: interrupted")
+        warn("Not sent: interrupted.")
     return 1
 
 
 def how_to_go_on(confirmed: int) -> str:
     """Return what to tell someone whose list of tasks was sent only in part."""
     return (
-        f". The first {confirmed} lines are confirmed; "
+        f" The first {confirmed} lines are confirmed; "
         f"to send the others: tail -n +{confirmed + 1} FILE | python new_task.py -"
     )
 

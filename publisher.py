@@ -38,6 +38,8 @@ BLOCKED_SECONDS = 25
 # The pause before a task goes out again that RabbitMQ could not store, and between two attempts to reconnect.
 PAUSE = 0.5
 
+NOT_STORED = "RabbitMQ could not store a task, as its queue is full or has no leader."
+
 # What pika raises when RabbitMQ or the network fails; the last two are its slips on connections that have just closed.
 LOST = (AMQPError, OSError, ValueError, AssertionError)
 
@@ -78,6 +80,10 @@ class Publisher:
         self._problem = None  # why nothing is confirmed at the moment
         self._failure = None  # why nothing ever will be
         self._closed = False
+        self._connected = False
+        # Someone who runs a command wants to know at once that RabbitMQ can't be reached. Only when it was there
+        # before, and something is under way, is it worth waiting for.
+        self._patient = False
         self._awake = False  # whether the publishing thread knows that there are tasks
         self._changed = threading.Condition()  # for the two threads to wait on each other
         self._loop = self._thread = self._broken = None
@@ -102,6 +108,8 @@ class Publisher:
         The numbers must rise; some may be left out.
         """
         sent = 0
+        if not self._connected:
+            self._patient = False
         try:
             for self._last_number, body in tasks:
                 self._wait(self._has_room, len(body))
@@ -121,8 +129,8 @@ class Publisher:
     def check(self) -> None:
         """Raise Unreachable or Refused if there is no hope for the tasks on their way."""
         if self._backlog() and time.monotonic() - self._progress > GIVE_UP_SECONDS:
-            why = self._problem or "it confirms nothing"
-            self._failure = self._failure or Unreachable(f"gave up on RabbitMQ after {GIVE_UP_SECONDS} s: {why}")
+            why = self._problem or "RabbitMQ confirms nothing, and does not say why."
+            self._failure = self._failure or Unreachable(f"gave up after {GIVE_UP_SECONDS} s: {why}")
         if self._failure:
             raise self._failure
 
@@ -178,27 +186,28 @@ class Publisher:
 
     def _run(self) -> None:
         """Publish on one connection after the other, until there is no more to hope for, or close()."""
-        had_connection = False
         while not self._closed:
             try:
-                self._connect()
-                had_connection, self._problem = True, None
+                self._connection = first_that_answers(nodes("new_task.py"), self._open)
+                self._connected = self._patient = True
+                self._problem = None
                 self._serve()
                 return
             except Refused as failure:
                 return self._fail(failure)
             except Unreachable as problem:
-                # Someone who types a command wants to know at once. Only what was under way is worth waiting for.
-                if not had_connection:
+                if not self._patient:
                     return self._fail(problem)
-                self._problem = str(problem)
+                if self._problem != str(problem):
+                    self._problem = str(problem)
+                    self._tell(f"{problem} Trying for up to {GIVE_UP_SECONDS} s.")
             except LOST as error:
-                self._problem = f"lost RabbitMQ ({describe(error)})"
+                self._problem = f"lost RabbitMQ ({describe(error)})."
                 if self._backlog():
                     self._tell(f"Lost RabbitMQ ({describe(error)}). Reconnecting, to send again what is not confirmed.")
             finally:
                 self._disconnect()
-            had_connection = had_connection and bool(self._backlog())
+            self._connected = False
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, PAUSE)
                 self._changed.wait_for(lambda: self._closed or self._backlog())
@@ -207,9 +216,6 @@ class Publisher:
         with self._changed:
             self._failure = failure
             self._changed.notify_all()
-
-    def _connect(self) -> None:
-        self._connection = first_that_answers(nodes("new_task.py"), self._open)
 
     def _open(self, node: pika.URLParameters):
         """Return an open connection to a node. Whatever pika raises passes through."""
@@ -288,10 +294,10 @@ class Publisher:
             while not self._closed:
                 self._run_loop()
         except ConnectionBlockedTimeout:
-            raise Refused(f"{self._problem}. See `rabbitmq-diagnostics alarms`; free memory or disk there") from None
+            raise Refused(f"{self._problem} Free some there; rabbitmq-diagnostics alarms tells more.") from None
         except ChannelClosedByBroker as error:
             if error.reply_code in (403, 406):  # no permission, or a task larger than RabbitMQ accepts
-                raise Refused(f"RabbitMQ refuses: {describe(error)}") from None
+                raise Refused(f"RabbitMQ refuses: {describe(error)}.") from None
             raise
         self._connection.close()
         self._run_loop()
@@ -315,6 +321,8 @@ class Publisher:
 
     def _on_confirm(self, frame) -> None:
         """Take note of a basic.ack or basic.nack for one task, or for all up to that one."""
+        if self._broken:
+            return  # e.g. a task was given back: RabbitMQ confirms that one, too
         last, several = frame.method.delivery_tag, frame.method.multiple
         tags = range(self._seen + 1, last + 1) if several else (last,)
         if several:
@@ -332,15 +340,17 @@ class Publisher:
         if isinstance(frame.method, Basic.Nack):
             self._rest()
             return
-        self._progress = time.monotonic()
+        self._progress, self._problem = time.monotonic(), None
         if self._backlog() <= WINDOW // 2 and self._bytes_in - self._bytes_out <= WINDOW_BYTES // 2:
             with self._changed:
                 self._changed.notify_all()
 
     def _rest(self) -> None:
         """RabbitMQ could not store a task, e.g. as the queue has no leader for a moment: go on after a pause."""
-        self._problem = "RabbitMQ could not store a task"
         if not self._resting:
+            if self._problem != NOT_STORED:
+                self._problem = NOT_STORED
+                self._tell(f"{NOT_STORED} Trying again.")
             self._resting = True
             self._loop.call_later(PAUSE, self._wake_up)
 
@@ -349,12 +359,12 @@ class Publisher:
         self._publish_waiting()
 
     def _on_return(self, _channel, method, _properties, _body) -> None:
-        self._broken = Refused(f"RabbitMQ gave a task back ({method.reply_text}): was the queue deleted just now?")
+        self._broken = Refused(f"RabbitMQ gave a task back ({method.reply_text}). Was the queue deleted just now?")
         self._loop.stop()
 
     def _on_blocked(self, _connection, frame) -> None:
-        self._problem = f"RabbitMQ takes no tasks for now: {printable(frame.method.reason)}"
-        self._tell(f"{self._problem}. Waiting up to {BLOCKED_SECONDS} s.")
+        self._problem = f"RabbitMQ takes no tasks for now: {printable(frame.method.reason)}."
+        self._tell(f"{self._problem} Waiting up to {BLOCKED_SECONDS} s.")
 
     def _on_unblocked(self, _connection, _frame) -> None:
         self._problem = None

@@ -52,14 +52,16 @@ def nodes(name: str) -> list[pika.URLParameters]:
 
 def _node(url: str, name: str) -> pika.URLParameters:
     try:
-        if urlsplit(url).scheme not in ("amqp", "amqps"):
+        parts = urlsplit(url)
+        # An @ behind the host is one of a password that was not encoded: what is taken for the host is a part of it.
+        if parts.scheme not in ("amqp", "amqps") or "@" in parts.path + parts.query + parts.fragment:
             raise ValueError
         node = pika.URLParameters(url)
     except Exception:  # pika lets out ValueError, TypeError, IndexError, SyntaxError, OSError, ...
         # What is wrong can't be quoted: a mistyped URL has its password in the oddest places.
         raise Refused(
-            "AMQP_URL is not a valid AMQP URL: it must read amqp://USER:PASSWORD@HOST:PORT/VIRTUAL_HOST, with special "
-            "characters percent-encoded, pika's parameters behind a ?, and ; between the nodes of a cluster"
+            "AMQP_URL is not a valid AMQP URL. It must read amqp://USER:PASSWORD@HOST:PORT/VIRTUAL_HOST, with special "
+            "characters percent-encoded, pika's parameters behind a ?, and ; between the nodes of a cluster."
         ) from None
     if node.heartbeat is None:
         node.heartbeat = HEARTBEAT_SECONDS
@@ -90,23 +92,24 @@ def _explained(error: Exception, node: pika.URLParameters) -> Exception:
     # same two classes when the connection merely breaks at that moment, which waiting does cure.
     if isinstance(error, ProbableAuthenticationError) and "(403)" in text:
         user = node.credentials.username
-        hint = ", and guest is let in only from RabbitMQ's own machine" if user == "guest" else ""
-        return Refused(f"RabbitMQ at {where} refuses user {user!r}: check user and password in AMQP_URL{hint}")
+        remote_guest = user == "guest" and node.host not in ("localhost", "127.0.0.1", "::1")
+        hint = "; by default RabbitMQ lets guest in from its own machine only" if remote_guest else ""
+        return Refused(f"RabbitMQ at {where} refuses user {user!r}. Check user and password in AMQP_URL{hint}.")
     if isinstance(error, ProbableAccessDeniedError) and "(530)" in text:
         vhost = node.virtual_host
         return Refused(
             f"RabbitMQ at {where} has no virtual host {vhost!r}, or none that user {node.credentials.username!r} may "
-            "use: check what follows the port in AMQP_URL"
+            "use. Check what follows the port in AMQP_URL."
         )
     if isinstance(error, ssl.SSLCertVerificationError):
         reason = error.verify_message.rstrip(".")
         return Refused(
-            f"the certificate of {where} is not to be trusted ({reason}): correct the host in AMQP_URL, or name "
-            "the CA's file in SSL_CERT_FILE"
+            f"the certificate of {where} is not to be trusted ({reason}). Correct the host in AMQP_URL, or name "
+            "the CA's file in SSL_CERT_FILE."
         )
     if isinstance(error, ssl.SSLError):
-        return Refused(f"{where} does not speak TLS ({error.reason}): use amqp:// or the port for amqps://")
-    return Unreachable(f"can't reach RabbitMQ at {where} ({text}): is it running, and does AMQP_URL say where?")
+        return Refused(f"{where} does not speak TLS ({error.reason}). Use amqp://, or the port that is for amqps://.")
+    return Unreachable(f"can't reach RabbitMQ at {where} ({text}). Is it running, and does AMQP_URL say where?")
 
 
 def describe(error: BaseException) -> str:
@@ -193,6 +196,6 @@ def _accepted_arguments(declare, queue: str) -> dict:
             if error.reply_code != 406:  # PRECONDITION_FAILED: it exists with other settings
                 raise
     raise Refused(
-        f"the queue {queue!r} exists with other settings than ours (durable, quorum or classic, nothing else): "
-        f"use another virtual host, or delete it when it is empty (rabbitmqctl delete_queue {queue} --if-empty)"
+        f"the queue {queue!r} exists with other settings than ours (durable, quorum or classic, nothing else). "
+        f"Use another virtual host, or delete it when it is empty: rabbitmqctl delete_queue {queue} --if-empty"
     )

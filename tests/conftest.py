@@ -1,5 +1,6 @@
 """What the tests share: a real RabbitMQ that they started themselves, and scripts run as real processes."""
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,36 @@ from rabbitmq_node import Node  # noqa: E402
 from tcp_proxy import TcpProxy  # noqa: E402
 
 import task_queue  # noqa: E402
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "docker: needs a Docker engine with Compose")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the tests of the Compose files where no Docker engine answers; the summary says so."""
+    needing = [item for item in items if item.get_closest_marker("docker")]
+    if needing and not docker_answers():
+        items[:] = [item for item in items if item not in needing]
+        config.hook.pytest_deselected(items=needing)
+        config.stash[LEFT_OUT] = len(needing)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if left_out := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"{left_out} tests of the Compose files left out: no Docker engine answers here.")
+
+
+def docker_answers() -> bool:
+    """Tell whether there is an engine behind the docker command, and Compose."""
+    try:
+        for command in (["docker", "info"], ["docker", "compose", "version"]):
+            subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return True
 
 
 class Shells:
@@ -85,12 +116,19 @@ class Broker:
             assert time.monotonic() < deadline, f"{what}: not within {within} s"
             time.sleep(0.1)
 
+    def is_classic(self) -> bool:
+        """Whether task_queue exists and is a classic queue."""
+        return f"{task_queue.QUEUE}\tclassic" in self.node.ctl("list_queues", "name", "type").splitlines()
+
     def empty(self) -> None:
         """Throw away all tasks, dead ones too. The queue itself stays, as it takes two seconds to make."""
         with self.connect() as connection:
             channel = connection.channel()
             channel.queue_delete(task_queue.DEAD_LETTERS)
-            channel.queue_declare(task_queue.QUEUE, durable=True, arguments=task_queue.QUORUM)
+            if self.is_classic():  # a test left it so
+                channel.queue_delete(task_queue.QUEUE)
+            # A test may kill RabbitMQ right away: the queue must be old enough for that.
+            task_queue.settled_arguments(lambda **queue: connection.channel().queue_declare(**queue).method)
 
             def is_idle() -> bool:
                 return channel.queue_declare(task_queue.QUEUE, passive=True).method.consumer_count == 0

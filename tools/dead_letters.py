@@ -10,10 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import pika  # noqa: E402
-from pika.exceptions import AMQPError, ChannelClosedByBroker  # noqa: E402
+import pika
+from pika.exceptions import AMQPError, ChannelClosedByBroker
 
-from task_queue import (  # noqa: E402
+from task_queue import (
     DEAD_LETTERS,
     QUEUE,
     Refused,

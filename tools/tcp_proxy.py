@@ -1,7 +1,10 @@
 """A TCP proxy on loopback that breaks connections in the ways that networks do, for the tests and chaos."""
 
+import fcntl
 import selectors
 import socket
+import sys
+import termios
 import threading
 
 
@@ -47,6 +50,14 @@ class TcpProxy:
         with self._lock:
             self._stalled |= set(self._pairs)
             return self.connections
+
+    @property
+    def held(self) -> int:
+        """How many bytes wait at the stalled connections, as far as this side of the network can tell."""
+        with self._lock:
+            return sum(
+                int.from_bytes(fcntl.ioctl(end, termios.FIONREAD, b"\0" * 4), sys.byteorder) for end in self._stalled
+            )
 
     def resume(self) -> None:
         """Let the bytes through again."""
