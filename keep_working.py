@@ -53,9 +53,8 @@ def keep_working(do_tasks, graceful: bool = False) -> None:
             try:
                 with signals.welcome():
                     connection = first_that_answers(nodes("worker.py"), pika.BlockingConnection)
-                last_problem = None
-                if work_until_it_ends(connection, do_tasks, signals):
-                    pause = FIRST_PAUSE
+                work_until_it_ends(connection, do_tasks, signals)
+                pause, last_problem = FIRST_PAUSE, None
             except Unreachable as problem:
                 if str(problem) != last_problem:  # once is enough, however long it lasts
                     last_problem = str(problem)
@@ -67,8 +66,8 @@ def keep_working(do_tasks, graceful: bool = False) -> None:
         warn(f"Stopped by {signals.first}.{''.join(stop.args)}")
 
 
-def work_until_it_ends(connection, do_tasks, signals) -> bool:
-    """Run do_tasks on a connection until that is lost, or RabbitMQ ends it. Return whether it came to wait for tasks.
+def work_until_it_ends(connection, do_tasks, signals) -> None:
+    """Run do_tasks on a connection until that is lost, or RabbitMQ ends it. Unreachable if it never came to work.
 
     Whatever ended it, the next connection cures it: that is simpler than telling what of this one is still good.
     """
@@ -80,18 +79,15 @@ def work_until_it_ends(connection, do_tasks, signals) -> bool:
         raise Stop(keep_alive.hand_back()) from None
     except BrokenPipeError:  # our standard output, not the connection
         raise
-    except ChannelClosedByBroker as error:
-        if error.reply_code == 403:
-            raise Refused(f"RabbitMQ forbids this user to take tasks: {describe(error)}.") from None
-        warn(f"RabbitMQ closed the channel: {describe(error)}. Opening another.")
     except LOST as error:
+        if getattr(error, "reply_code", None) == 403:
+            raise Refused(f"RabbitMQ forbids this user to take tasks: {describe(error)}.") from None
+        if not keep_alive.has_waited:  # it will be so again next time, and once is enough to say it
+            raise Unreachable(f"RabbitMQ is there, but not ready ({describe(error)}).") from None
         if not keep_alive.lost:  # else it has been said
             warn(f"Lost RabbitMQ ({describe(error)}). Reconnecting.")
     finally:
         keep_alive.end()
-    with contextlib.suppress(*LOST):
-        connection.close()
-    return keep_alive.has_waited
 
 
 def why_cancelled(connection) -> str:
@@ -196,10 +192,12 @@ class KeepAlive:
         return " The task in hand goes back to the queue."
 
     def end(self) -> None:
-        """Let the other thread end."""
+        """Let the other thread end, and close the connection unless a signal has cut pika short in its use."""
         self._ended = True
         if self._mine:
-            self._mine = False
+            if not self._signals.first:
+                with contextlib.suppress(*LOST):
+                    self._connection.close()
             self._pika.release()
 
 
