@@ -82,6 +82,13 @@ def test_hello_world(broker, shells):
     assert_did(worker, "'Hello World!'")
 
 
+def test_each_line_is_printed_at_once_into_a_pipe(broker, shells):
+    worker = shells.worker(environment={"PYTHONUNBUFFERED": ""})  # which may be set here, and would hide a fault
+    shells.send("First message." + 60 * ".")
+    worker.wait_for("Received")
+    assert worker.running
+
+
 def test_several_words_are_one_task(broker, shells):
     worker = shells.worker()
     assert_sent(shells.new_task("A", "very hard", "task"), "'A very hard task'")
@@ -297,6 +304,8 @@ def test_a_task_is_not_reported_as_sent_before_rabbitmq_confirms_it(broker, shel
     try:
         task = shells.start("new_task.py", "First message.")
         task.wait_for("RabbitMQ takes no tasks for now")
+        with pytest.raises(AssertionError, match="did not end"):
+            task.ends(within=3)
         assert task.output() == []
     finally:
         broker.node.ctl("set_vm_memory_high_watermark", "0.4")
