@@ -34,7 +34,7 @@ from pathlib import Path
 from subprocess import PIPE, TimeoutExpired
 
 import pika
-from pika.exceptions import ChannelClosedByBroker
+from pika.exceptions import AMQPError, ChannelClosedByBroker
 from processes import ROOT, Script
 from rabbitmq_node import Node, NodeError
 from tcp_proxy import TcpProxy
@@ -160,6 +160,7 @@ class Place:
         self.arguments = ["--graceful"] if number % 2 else []
         self.script = None
         self.frozen = False
+        self.stopping = False  # whether it was told to stop
         self.reconnects_since = 0.0  # when it, or its connection, last began anew
 
     def __str__(self):
@@ -172,6 +173,7 @@ class Producer:
     def __init__(self, script: Script, proxied: bool, single: str | None = None):
         self.script, self.proxied, self.single = script, proxied, single
         self.given = {single: time.monotonic()} if single else {}  # task -> when
+        self.started = time.monotonic()
         self.quota = 0  # after so many tasks its input ends
         self.ended_by_us = ""
 
@@ -213,7 +215,7 @@ class Producer:
         if status == 0 or status == {"killed": -signal.SIGKILL, "interrupted": 1}.get(self.ended_by_us):
             return ""
         # It fails at once when it can't reach RabbitMQ, but only then.
-        begin, end = self.script.started - UNDER_WAY_SECONDS, time.monotonic()
+        begin, end = self.started - UNDER_WAY_SECONDS, time.monotonic()
         if "can't reach RabbitMQ" in str(self.script) and any(f.can_explain(self.script, begin, end) for f in faults):
             return ""
         return f"gave up with exit status {status}: {self.script.output('stderr')}"
@@ -245,8 +247,10 @@ class Run:
         self.record = Record()
         self.sending = {}  # whether through the proxy -> the producer that takes tasks
         self.tasks = 0  # how many there are so far
-        self.stopping = False  # whether no worker shall run any more
+        self.interrupted = False  # whether the user wants it to end
+        self.proxy = None  # between RabbitMQ and half of the producers
         self._later = []  # (when, what to do)
+        self._failure = None  # why RabbitMQ did not come back
         self._outage = None  # the thread that brings RabbitMQ back
         self._ending = threading.Event()
         self._node_lock = threading.Lock()  # for starting RabbitMQ, or seeing to it that nobody does
@@ -255,7 +259,8 @@ class Run:
 
     def play(self) -> None:
         """Do it all. Stuck if something that must happen does not."""
-        self.node.start()
+        self.in_background(self.bring_up)
+        self.wait_for_rabbitmq()
         (self.folder / "chaos_worker.py").write_text(WORKER)
         self.proxy = TcpProxy(self.node.port)
         self.places = [Place(number, self.node) for number in range(self.settings.workers)]
@@ -267,7 +272,7 @@ class Run:
             getattr(self, kind.replace("-", "_"))(self.new_tasks(share))
         self.end_of_faults()
         self.roll_call()
-        self.stop_all_workers()
+        self.stop_workers(self.places)
         self.look_into_the_queues()
 
     def end_of_faults(self) -> None:
@@ -277,7 +282,7 @@ class Run:
         for producer in self.producers:
             if producer.takes_tasks:
                 producer.end_of_input()
-        self.wait_until(lambda: not any(p.script.running for p in self.producers), "every producer ends", 90)
+        self.wait_until(lambda: not any(p.script.running for p in self.producers), "every producer ends", 2 * PATIENCE)
         self.wait_until(lambda: all(map(self.is_connected, self.places)), "every worker is back")
         self.wait_until_all_is_done()
 
@@ -299,13 +304,22 @@ class Run:
             self.wait_until(lambda p=producer: not p.script.running, "a producer ends")
             self.wait_until_all_is_done()
 
-    def stop_all_workers(self) -> None:
-        """Ask every worker to stop."""
-        self.stopping = True
-        for place in self.places:
+    def stop_workers(self, places: list[Place]) -> None:
+        """Tell workers to stop. They must, with exit status 0, and a graceful one with nothing in hand."""
+        for place in places:
+            place.stopping = True
             place.script.terminate()
-        for place in self.places:
-            self.has_stopped(place)
+        with contextlib.suppress(Stuck):  # it is told below which one
+            self.wait_until(lambda: not any(place.script.running for place in places), "workers stop", 20)
+        for place in places:
+            if place.script.running:
+                place.script.kill()
+                self.broken.append(f"{place} did not stop when told: {ending_of(place.script)}")
+            elif place.script.ends() != 0:
+                self.broken.append(f"{place} was told to stop: {ending_of(place.script)}")
+            self.record.update([place.script])
+            if place.arguments and self.record.in_hand(place.script):
+                self.broken.append(f"{place} stopped amid its task: {ending_of(place.script)}")
 
     def look_into_the_queues(self) -> None:
         """Nothing may be left, now that no worker holds a task."""
@@ -318,24 +332,27 @@ class Run:
     # The faults. Each gets its share of new tasks, and sends them so that the fault hits where it hurts.
 
     def worker_killed(self, tasks) -> None:
+        """Kill a worker."""
         place = self.a_worker_at_work(tasks)
-        self.took_place("worker-killed", [place.script], f"{place}{self.with_task(place)}")
+        self.took_place("worker-killed", [place.script], self.with_task(place))
         place.script.kill()
         self.start_worker(place)
 
     def worker_stopped(self, tasks) -> None:
+        """Ask a worker to stop, and wait until it does."""
         place = self.a_worker_at_work(tasks)
-        fault = self.took_place("worker-stopped", [place.script], f"{place}{self.with_task(place)}")
-        place.script.terminate()
-        self.has_stopped(place)
+        fault = self.took_place("worker-stopped", [place.script], self.with_task(place))
+        self.stop_workers([place])
         fault.end = time.monotonic()
         self.start_worker(place)
 
     def worker_frozen(self, tasks) -> None:
+        """Let a worker stand still, as one does that is swapped out or on a suspended machine."""
         place = self.a_worker_at_work(tasks)
         pause = self.random.choice([1, 3 * HEARTBEAT_SECONDS])  # RabbitMQ does not notice the first, but the second
-        fault = self.took_place("worker-frozen", [place.script], f"{place}{self.with_task(place)}, for {pause} s")
-        fault.end = float("inf")
+        fault = self.took_place(
+            "worker-frozen", [place.script], f"{self.with_task(place)}, for {pause} s", endless=True
+        )
         place.frozen = True
         place.script.process.send_signal(signal.SIGSTOP)
 
@@ -347,129 +364,130 @@ class Run:
         self._later.append((time.monotonic() + pause, thaw))
 
     def worker_cut(self, tasks) -> None:
+        """Cut a worker's connection."""
         place = self.a_worker_at_work(tasks, proxied=True)
         place.reconnects_since = time.monotonic()
-        self.took_place("worker-cut", [place.script], f"{place}{self.with_task(place)}")
-        place.proxy.cut()
+        self.took_place("worker-cut", [place.script], self.with_task(place), place.proxy.cut())
 
     def worker_stalled(self, tasks) -> None:
+        """Let no byte through a worker's connection any more. verdict() knows when that ends: with its next one."""
         place = self.a_worker_at_work(tasks, proxied=True)
         place.reconnects_since = time.monotonic()
-        # It lasts until this worker has a new connection, which its next line about waiting tells.
-        fault = self.took_place("worker-stalled", [place.script], f"{place}{self.with_task(place)}")
-        fault.end = float("inf")
-        place.proxy.stall()
+        self.took_place("worker-stalled", [place.script], self.with_task(place), place.proxy.stall(), endless=True)
 
     def producer_killed(self, tasks) -> None:
-        proxied = self.random.random() < 0.5
-        producer = self.a_producer_at_work(proxied)
-        self.send(tasks, mostly=proxied)
-        time.sleep(self.random.uniform(0, 0.02))  # from not a task being sent to all
+        """Kill a producer."""
+        producer = self.a_producer_amid(tasks, proxied=self.random.random() < 0.5)
         self.took_place("producer-killed", [producer.script], f"pid {producer.script.process.pid}")
         producer.ended_by_us = "killed"
         producer.script.kill()
 
     def producer_interrupted(self, tasks) -> None:
-        proxied = self.random.random() < 0.5
-        producer = self.a_producer_at_work(proxied)
-        self.send(tasks, mostly=proxied)
-        time.sleep(self.random.uniform(0, 0.02))
+        """Press Ctrl+C on a producer, which must tell then what is confirmed."""
+        producer = self.a_producer_amid(tasks, proxied=self.random.random() < 0.5)
         self.took_place("producer-interrupted", [producer.script], f"pid {producer.script.process.pid}")
         producer.ended_by_us = "interrupted"
         producer.script.ctrl_c()
-        self.wait_until(lambda: not producer.script.running, f"Ctrl+C ends {producer.script}", 10)
+        self.wait_until(lambda: not producer.script.running, "a producer ends on Ctrl+C", 10)
 
     def producer_cut(self, tasks) -> None:
-        self.a_producer_at_work(proxied=True)
-        self.send(tasks, mostly=True)
-        time.sleep(self.random.uniform(0, 0.02))
+        """Cut the connections of all producers that are behind the proxy."""
+        self.a_producer_amid(tasks, proxied=True)
         hit = self.behind_the_proxy()
-        self.took_place("producer-cut", hit, f"{len(hit)} of them")
-        self.proxy.cut()
+        self.took_place("producer-cut", hit, "", self.proxy.cut())
 
     def producer_stalled(self, tasks) -> None:
-        self.a_producer_at_work(proxied=True)
-        self.send(tasks, mostly=True)
-        time.sleep(self.random.uniform(0, 0.02))
+        """Let no byte through these connections any more."""
+        self.a_producer_amid(tasks, proxied=True)
         hit = self.behind_the_proxy()
-        self.took_place("producer-stalled", hit, f"{len(hit)} of them").end = float("inf")
-        self.proxy.stall()
+        self.took_place("producer-stalled", hit, "", self.proxy.stall(), endless=True)
         # It takes a while to notice and to send its tasks again; the faults to come shall not wait for that.
         self.sending.pop(True).end_of_input()
 
     def single_killed(self, tasks) -> None:
+        """Kill a producer of one task, somewhere between its start and its end."""
         *tasks, single = tasks
+        pause, proxied = self.random.uniform(0.1, 0.5), self.random.random() < 0.5
         self.send(tasks)
-        producer = self.start_single(single, proxied=self.random.random() < 0.5)
-        try:
-            producer.script.process.wait(self.random.uniform(0.1, 0.5))
-            pause = 0.1
-            while True:  # this one was faster: then the next one, sooner
-                producer = self.start_single(self.new_task(), proxied=False)
+        producer = self.start_producer(proxied, single)
+        with contextlib.suppress(TimeoutExpired):
+            while True:
                 producer.script.process.wait(pause)
-                pause /= 2
-        except TimeoutExpired:
-            self.took_place("single-killed", [producer.script], f"with {producer.single!r}")
-            producer.ended_by_us = "killed"
-            producer.script.kill()
+                pause /= 2  # this one was faster: then the next one, sooner
+                producer = self.start_producer(proxied, self.new_task())
+        self.took_place("single-killed", [producer.script], f"with {producer.single!r}")
+        producer.ended_by_us = "killed"
+        producer.script.kill()
 
     def rabbitmq_killed(self, tasks) -> None:
-        at_first_task = self.random.random() < 0.5
-        self.rabbitmq_goes(tasks, at_first_task, "rabbitmq-killed", self.node.kill)
+        """Kill RabbitMQ: in half of the cases when the first of the tasks has come through, else at any moment."""
+        fault = self.outage("rabbitmq-killed", tasks, at_first_task=self.random.random() < 0.5)
+        self.node.kill()
+        self.in_background(self.bring_back, fault, self.random.uniform(0, 2))
 
     def rabbitmq_stopped(self, tasks) -> None:
-        self.rabbitmq_goes(tasks, True, "rabbitmq-stopped", self.node.stop)
+        """Stop RabbitMQ in good order. That takes seconds, in which other faults may come."""
+        fault = self.outage("rabbitmq-stopped", tasks, at_first_task=True)
+        self.in_background(self.bring_back, fault, self.random.uniform(0, 2))
 
-    def rabbitmq_goes(self, tasks, at_first_task: bool, kind: str, end) -> None:
-        """End RabbitMQ while it gets tasks, and start it again in the background."""
+    def outage(self, kind: str, tasks, at_first_task: bool) -> Fault:
+        """Return the fault, when it is time for it: while a producer sends the tasks."""
         self.wait_for_rabbitmq()
-        self.a_producer_at_work(proxied=False)
-        self.send(tasks, mostly=False)
         pause = self.random.uniform(0, 0.05)
+        producer = self.a_producer_at_work(proxied=False)
+        producer.give(tasks)
         if at_first_task:
-            given = set(self.sending[False].given) & set(tasks) or set(tasks)
+            given = set(tasks)
             self.wait_until(lambda: given & self.record.doings.keys(), "the first of many tasks is received")
         else:
             time.sleep(pause)
         for place in self.places:
             place.reconnects_since = time.monotonic()
-        fault = self.took_place(kind, None, "")
-        fault.end = float("inf")
-        if end == self.node.kill:
-            end()
-        self._outage = threading.Thread(target=self.bring_back, args=(fault, end, self.random.uniform(0, 2)))
-        self._outage.start()
+        return self.took_place(kind, None, "", endless=True)
 
-    def bring_back(self, fault: Fault, end, pause: float) -> None:
-        """Start RabbitMQ again, after a pause. Runs in a thread of its own, as other faults shall go on meanwhile."""
-        try:
-            end()
-            if self._ending.wait(pause):
-                return
-            with self._node_lock:
-                if self._ending.is_set():
-                    return
-                self.node.launch()
-            self.node.wait_until_ready()
+    def bring_back(self, fault: Fault, pause: float) -> None:
+        """See RabbitMQ's end and start it again after a pause. Other faults go on meanwhile."""
+        self.node.stop()
+        if not self._ending.wait(pause):
+            self.bring_up()
             fault.end = time.monotonic() + UNDER_WAY_SECONDS
-        except NodeError as error:
-            if not self._ending.is_set():
-                self.broken.append(str(error))
+
+    def bring_up(self) -> None:
+        """Start RabbitMQ, unless the run is at its end."""
+        with self._node_lock:
+            if self._ending.is_set():
+                return
+            self.node.launch()
+        self.node.wait_until_ready()
+
+    def in_background(self, function, *arguments) -> None:
+        """Do something to RabbitMQ in a thread of its own."""
+
+        def do() -> None:
+            try:
+                function(*arguments)
+            except (NodeError, OSError) as error:
+                self._failure = str(error)
+
+        self._outage = threading.Thread(target=do)
+        self._outage.start()
 
     # What the faults need.
 
-    def took_place(self, kind: str, hit, what: str) -> Fault:
-        """Take down and print a fault."""
+    def took_place(self, kind: str, hit, what: str, connections: int | None = None, endless: bool = False) -> Fault:
+        """Take down and print a fault. connections: how many it met; none would be no fault."""
+        if connections == 0:
+            raise Stuck(f"there was no connection for {kind}")
         now = time.monotonic()
-        self.faults.append(Fault(kind, hit, now, now))
+        self.faults.append(Fault(kind, hit, now, float("inf") if endless else now))
         print(f"{now - self.began:7.1f} s  {len(self.faults):3}/{len(self.plan)}  {kind:22}{what}", flush=True)
         return self.faults[-1]
 
     def with_task(self, place: Place) -> str:
-        """Return what a worker has in hand, for printing."""
+        """Return a worker with what it has in hand, for printing."""
         self.record.update([place.script])
         task = self.record.in_hand(place.script)
-        return f", working on {task!r}" if task else ""
+        return f"{place}" + (f", working on {task!r}" if task else "")
 
     def a_worker_at_work(self, tasks, proxied: bool = False) -> Place:
         """Send the tasks, and return a worker: in most cases one that is in the middle of a task, else any one."""
@@ -513,6 +531,14 @@ class Run:
         self.wait_until(is_at_work, "a producer's task is received")
         return self.sending[proxied]
 
+    def a_producer_amid(self, tasks, proxied: bool) -> Producer:
+        """Give the tasks to a producer, and return it when it has sent none, some, or all of them."""
+        pause = self.random.uniform(0, 0.02)
+        producer = self.a_producer_at_work(proxied)
+        producer.give(tasks)
+        time.sleep(pause)
+        return producer
+
     def behind_the_proxy(self) -> list[Script]:
         """Return the producers that a fault of the proxy hits."""
         return [p.script for p in self.producers if p.proxied and p.script.running]
@@ -521,39 +547,22 @@ class Run:
         """Whether a worker has said that it waits for tasks since its last disturbance."""
         return self.record.waiting.get(place.script, 0) > place.reconnects_since
 
-    def has_stopped(self, place: Place) -> None:
-        """A worker that was told to stop leaves with exit status 0, a graceful one with nothing in hand."""
-        try:
-            status = place.script.ends(20)
-        except AssertionError:
-            self.broken.append(f"{place} does not stop, {ending_of(place.script)}")
-            return
-        self.record.update([place.script])
-        if status != 0:
-            self.broken.append(f"{place} was told to stop: {ending_of(place.script)}")
-        if place.arguments and self.record.in_hand(place.script):
-            self.broken.append(f"{place} stopped amid its task: {ending_of(place.script)}")
-
     def start_worker(self, place: Place) -> None:
         """Start a worker in this place."""
+        place.stopping = False
         place.reconnects_since = time.monotonic()
         command = (str(self.folder / "chaos_worker.py"), *place.arguments)
         paths = [("PYTHONPATH", str(self.settings.scripts))]
         place.script = Script(*command, url=place.url, cwd=self.settings.scripts, environment=paths)
         self.workers.append(place.script)
 
-    def start_producer(self, proxied: bool, *words: str) -> Producer:
-        """Start a new_task.py, by default one that takes tasks from its standard input."""
+    def start_producer(self, proxied: bool, single: str | None = None) -> Producer:
+        """Start a new_task.py with a single task on its command line, or one that takes them from standard input."""
         url = with_heartbeat((self.proxy if proxied else self.node).url)
-        stdin = {} if words else {"stdin": PIPE}
-        script = Script("new_task.py", *(words or ("-",)), url=url, cwd=self.settings.scripts, **stdin)
-        script.started = time.monotonic()
-        self.producers.append(Producer(script, proxied, *words))
+        stdin = {} if single else {"stdin": PIPE}
+        script = Script("new_task.py", single or "-", url=url, cwd=self.settings.scripts, **stdin)
+        self.producers.append(Producer(script, proxied, single))
         return self.producers[-1]
-
-    def start_single(self, task: str, proxied: bool) -> Producer:
-        """Start a new_task.py with one task on its command line."""
-        return self.start_producer(proxied, task)
 
     def producer(self, proxied: bool) -> Producer:
         """Return a producer that takes tasks: the one that did so before, or a new one when that had enough."""
@@ -572,7 +581,7 @@ class Run:
         """
         tasks = list(tasks)
         if tasks and mostly is None:
-            self.start_single(tasks.pop(), proxied=len(self.producers) % 2 == 1)
+            self.start_producer(len(self.producers) % 2 == 1, tasks.pop())
             self.producer(True).give(tasks[::2])
             self.producer(False).give(tasks[1::2])
         elif tasks:
@@ -602,13 +611,17 @@ class Run:
 
     def tick(self) -> None:
         """Do what is due."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        if self._failure:
+            raise Stuck(self._failure)
         self.record.update(self.workers)
         due = [item for item in self._later if item[0] <= time.monotonic()]
         for item in due:
             self._later.remove(item)
             item[1]()
         for place in self.places:
-            if place.script and not place.script.running and not self.stopping:
+            if place.script and not place.script.running and not place.stopping:
                 self.broken.append(f"{place} ended by itself, {ending_of(place.script)}")
                 self.start_worker(place)
 
@@ -625,7 +638,7 @@ class Run:
             quiet = time.monotonic() - self.record.last_change > 1
             return quiet and not at_work and self.counts(QUEUE)[0] == 0
 
-        self.wait_until(idle, "all tasks are taken and done")
+        self.wait_until(idle, "all tasks are taken and done", PATIENCE + self.tasks / 50)
 
     def counts(self, queue: str) -> tuple[int, int]:
         """Return how many tasks wait in a queue, and how many workers it has."""
@@ -654,7 +667,7 @@ class Run:
             self.node.close()
         if self._outage:
             self._outage.join()
-        for proxy in [self.__dict__.get("proxy"), *(place.proxy for place in self.places)]:
+        for proxy in [self.proxy, *(place.proxy for place in self.places)]:
             if proxy:
                 proxy.close()
 
@@ -780,18 +793,22 @@ def arguments():
 def main() -> int:
     """Make one run; return the exit status."""
     settings = arguments()
-    # Both end all that was started. Set explicitly, as a shell lets `make chaos &` and all its children ignore Ctrl+C.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     print(f"seed {settings.seed}: {settings.tasks} tasks, {settings.workers} workers, {settings.faults} faults")
     run = Run(settings, folder)
+
+    def interrupt(*_) -> None:
+        run.interrupted = True  # and no exception at any place: what is just being started must be known, to be ended
+
+    # Set explicitly, as a shell lets `make chaos &` and all its children ignore Ctrl+C.
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     status = 1
     try:
         try:
             run.play()
-        except (Stuck, NodeError) as problem:
-            run.broken.append(str(problem))
+        except (Stuck, NodeError, AMQPError) as problem:
+            run.broken.append(str(problem) or repr(problem))
         finally:
             run.close()
         status = run.verdict()
