@@ -367,13 +367,13 @@ class Run:
         """Cut a worker's connection."""
         place = self.a_worker_at_work(tasks, proxied=True)
         place.reconnects_since = time.monotonic()
-        self.took_place("worker-cut", [place.script], self.with_task(place), place.proxy.cut())
+        self.took_place("worker-cut", [place.script], self.with_task(place), place.proxy.cut)
 
     def worker_stalled(self, tasks) -> None:
         """Let no byte through a worker's connection any more. verdict() knows when that ends: with its next one."""
         place = self.a_worker_at_work(tasks, proxied=True)
         place.reconnects_since = time.monotonic()
-        self.took_place("worker-stalled", [place.script], self.with_task(place), place.proxy.stall(), endless=True)
+        self.took_place("worker-stalled", [place.script], self.with_task(place), place.proxy.stall, endless=True)
 
     def producer_killed(self, tasks) -> None:
         """Kill a producer."""
@@ -394,13 +394,13 @@ class Run:
         """Cut the connections of all producers that are behind the proxy."""
         self.a_producer_amid(tasks, proxied=True)
         hit = self.behind_the_proxy()
-        self.took_place("producer-cut", hit, "", self.proxy.cut())
+        self.took_place("producer-cut", hit, "", self.proxy.cut)
 
     def producer_stalled(self, tasks) -> None:
         """Let no byte through these connections any more."""
         self.a_producer_amid(tasks, proxied=True)
         hit = self.behind_the_proxy()
-        self.took_place("producer-stalled", hit, "", self.proxy.stall(), endless=True)
+        self.took_place("producer-stalled", hit, "", self.proxy.stall, endless=True)
         # It takes a while to notice and to send its tasks again; the faults to come shall not wait for that.
         self.sending.pop(True).end_of_input()
 
@@ -474,11 +474,11 @@ class Run:
 
     # What the faults need.
 
-    def took_place(self, kind: str, hit, what: str, connections: int | None = None, endless: bool = False) -> Fault:
-        """Take down and print a fault. connections: how many it met; none would be no fault."""
-        if connections == 0:
-            raise Stuck(f"there was no connection for {kind}")
+    def took_place(self, kind: str, hit, what: str, break_connections=None, endless: bool = False) -> Fault:
+        """Take down and print a fault that comes at once. break_connections() brings it about, and tells how many."""
         now = time.monotonic()
+        if break_connections and not break_connections():
+            raise Stuck(f"there was no connection for {kind}")
         self.faults.append(Fault(kind, hit, now, float("inf") if endless else now))
         print(f"{now - self.began:7.1f} s  {len(self.faults):3}/{len(self.plan)}  {kind:22}{what}", flush=True)
         return self.faults[-1]
