@@ -10,9 +10,12 @@
 if the command line is wrong.
 """
 
+import contextlib
 import os
 import select
+import stat
 import sys
+import threading
 import time
 
 try:
@@ -79,7 +82,8 @@ def send_lines() -> str:
     """Send each line of the standard input as a task, and return what to print."""
     with task_publisher(tell=warn) as publisher:
         try:
-            sent = publisher.send_numbered(numbered_lines(sys.stdin.fileno(), publisher.check))
+            with progress(publisher, sys.stdin.fileno()):
+                sent = publisher.send_numbered(numbered_lines(sys.stdin.fileno(), publisher.check))
         except KeyboardInterrupt:
             publisher.close()
             raise NotConfirmed("interrupted.", publisher.leading_confirmed()) from None
@@ -101,6 +105,39 @@ def numbered_lines(file: int, check):
             number += 1
             if line:
                 yield number, line
+
+
+@contextlib.contextmanager
+def progress(publisher: Publisher, file: int):
+    """While the block runs, show how far it is, if there is a terminal to show it on."""
+    ended, started = threading.Event(), time.monotonic()
+
+    def show():
+        while not ended.wait(0.5):
+            seconds = time.monotonic() - started
+            line = f" {publisher.sent} sent, {publisher.confirmed} confirmed, {publisher.confirmed / seconds:.0f}/s"
+            # Erased to its right, and the cursor back at its left: what is printed next takes its place.
+            print(f"{line}{time_left(file, seconds)}\x1b[K", end="\r", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=show, daemon=True)
+    if sys.stderr.isatty():
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if thread.is_alive():
+            thread.join()
+            print("\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def time_left(file: int, seconds: float) -> str:
+    """Return how long the rest of a file will take, as the part before it took that many seconds; "" for a pipe."""
+    size = os.fstat(file).st_size
+    if not stat.S_ISREG(os.fstat(file).st_mode) or not size:
+        return ""
+    done = os.lseek(file, 0, os.SEEK_CUR) / size
+    return f", {seconds / done - seconds:.0f} s left" if done else ""
 
 
 def main() -> int:

@@ -70,7 +70,7 @@ class Publisher:
     """
 
     def __init__(self, set_up, publish, tell=lambda line: None):
-        self.confirmed = 0  # how many tasks RabbitMQ has confirmed, ever
+        self.sent = self.confirmed = 0  # how many tasks it was given, ever, and how many RabbitMQ has confirmed
         self._set_up, self._publish, self._tell = set_up, publish, tell
         self._last_number = 0  # of the task that came last
         self._outbox = collections.deque()  # tasks to publish
@@ -107,19 +107,18 @@ class Publisher:
 
         The numbers must rise; some may be left out.
         """
-        sent = 0
+        before = self.sent
         if not self._connected:
             self._patient = False
         try:
             for self._last_number, body in tasks:
                 self._wait(self._has_room, len(body))
                 self._hand_over(_Task(self._last_number, str(uuid.uuid4()), body))
-                sent += 1
             self._wait(self._is_done)
         except (Unreachable, Refused) as failure:
             self.close()
             raise NotConfirmed(str(failure), self.leading_confirmed()) from None
-        return sent
+        return self.sent - before
 
     def leading_confirmed(self) -> int:
         """Return the number up to which all tasks of the last send() are confirmed."""
@@ -170,6 +169,7 @@ class Publisher:
     def _hand_over(self, task: _Task) -> None:
         if not self._backlog():
             self._progress = time.monotonic()
+        self.sent += 1
         self._bytes_in += len(task.body)
         self._outbox.append(task)
         if not self._awake:

@@ -16,6 +16,7 @@ class TcpProxy:
         self._pairs = {}  # socket -> the socket that its bytes go to
         self._stalled = set()
         self._refusing = False
+        self.accepted = 0  # how many connections it has passed on, ever
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
@@ -113,6 +114,7 @@ class TcpProxy:
             near.close()
             return
         self._pairs |= {near: far, far: near}
+        self.accepted += 1
 
     def _drop(self, end: socket.socket) -> None:
         other = self._pairs.pop(end, None)
