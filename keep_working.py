@@ -6,6 +6,7 @@ None of this is the lesson of worker.py. It is here because a worker that is lef
 import contextlib
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -47,18 +48,20 @@ def keep_working(do_tasks, graceful: bool = False) -> None:
     Refused if RabbitMQ won't have us, for a reason that waiting doesn't cure.
     """
     signals = Signals(graceful)
-    pause, last_problem = FIRST_PAUSE, None
+    pause, said = FIRST_PAUSE, set()
     try:
         while True:
             try:
                 with signals.welcome():
                     connection = first_that_answers(nodes("worker.py"), pika.BlockingConnection)
                 work_until_it_ends(connection, do_tasks, signals)
-                pause, last_problem = FIRST_PAUSE, None
+                pause, said = FIRST_PAUSE, set()
             except Unreachable as problem:
-                if str(problem) != last_problem:  # once is enough, however long it lasts
-                    last_problem = str(problem)
+                # Once is enough, however long it lasts. Details, in brackets, change from one attempt to the next.
+                gist = re.sub(r"\(.*\)", "", str(problem))
+                if gist not in said:
                     warn(f"{problem} Trying until it answers.")
+                said.add(gist)
             with signals.welcome():
                 time.sleep(pause * random.uniform(0.5, 1))
             pause = min(2 * pause, LAST_PAUSE)

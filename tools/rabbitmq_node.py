@@ -6,8 +6,10 @@ somebody else runs here. It needs RabbitMQ's programs and nothing else: no root,
 RABBITMQ_BIN names the folder of the programs (rabbitmq-server, rabbitmqctl), for trying another version.
 """
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -57,10 +59,16 @@ def answers_amqp(host: str, port: int, timeout: float = 2) -> bool:
 
 
 def free_port() -> int:
-    """Return a TCP port that is free on loopback now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a TCP port that is free on loopback now.
+
+    It lies below the ports that the system gives to outgoing connections: a node that is down for a moment must find
+    its port free again.
+    """
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _command_line(pid: int) -> str:
@@ -147,6 +155,14 @@ class Node:
         """End the node at once (SIGKILL), as a power cut would."""
         self._end(signal.SIGKILL, 30)
 
+    def freeze(self) -> None:
+        """Stop the node's process where it is (SIGSTOP): its connections stay open, but nobody answers on them."""
+        os.killpg(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let a frozen node go on, as if nothing had happened."""
+        os.killpg(self.pid, signal.SIGCONT)
+
     def close(self) -> None:
         """End the node for good, together with the port mapper (epmd) that Erlang started for it."""
         self.kill()
@@ -177,11 +193,13 @@ class Node:
         node = cls(folder)
         for key, value in saved.items():
             setattr(node, key, value)
+        node.home = Path(node.home)
         return node
 
     def _save(self) -> None:
         keys = ("name", "port", "dist_port", "epmd_port", "config", "advanced", "plugins", "pid")
-        (self.folder / "node.json").write_text(json.dumps({key: getattr(self, key) for key in keys}))
+        saved = {key: getattr(self, key) for key in keys} | {"home": str(self.home)}
+        (self.folder / "node.json").write_text(json.dumps(saved))
 
     def _end(self, signum: int, timeout: float) -> None:
         if not self.running:
@@ -235,6 +253,18 @@ class Node:
             "ERL_EPMD_PORT": str(self.epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
         }  # fmt: skip
+
+
+def cluster_nodes(folder, count: int = 3, config: str = "", **settings) -> list[Node]:
+    """Return nodes, not started yet, that form a cluster by themselves as they start. config, settings: as for a Node.
+
+    One that finds none of the others is the first of a cluster, and the others join it.
+    """
+    names = [f"rabbit{number}" for number in range(1, count + 1)]
+    peers = [f"cluster_formation.classic_config.nodes.{n} = {name}@localhost\n" for n, name in enumerate(names, 1)]
+    config += "cluster_formation.peer_discovery_backend = classic_config\n" + "".join(peers)
+    shared = {"home": folder, "epmd_port": free_port()}
+    return [Node(Path(folder) / name, name, config=config, **shared, **settings) for name in names]
 
 
 def main() -> int:
