@@ -22,7 +22,7 @@ from pika.exceptions import (
 )
 from pika.spec import Basic
 
-from task_queue import Refused, Unreachable, describe, first_that_answers, nodes, printable, settled_arguments
+from task_queue import Refused, Unreachable, describe, first_that_answers, nodes, settled_arguments
 
 # How many tasks, and how many bytes of them, may be on their way without a confirm. They are what memory holds.
 WINDOW = 2000
@@ -363,7 +363,7 @@ class Publisher:
         self._loop.stop()
 
     def _on_blocked(self, _connection, frame) -> None:
-        self._problem = f"RabbitMQ takes no tasks for now: {printable(frame.method.reason)}."
+        self._problem = f"RabbitMQ takes no tasks for now: {frame.method.reason}."
         self._tell(f"{self._problem} Waiting up to {BLOCKED_SECONDS} s.")
 
     def _on_unblocked(self, _connection, _frame) -> None:

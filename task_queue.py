@@ -46,7 +46,7 @@ def nodes(name: str) -> list[pika.URLParameters]:
     """
     # An empty AMQP_URL is what `AMQP_URL=$UNSET python worker.py` gives: as good as none.
     urls = [url.strip() for url in (os.environ.get("AMQP_URL") or DEFAULT_URL).split(";") if url.strip()]
-    found = [_node(url, name) for url in urls]
+    found = [_node(url, name) for url in urls or [""]]
     return random.sample(found, len(found))
 
 
@@ -107,21 +107,20 @@ def _explained(error: Exception, node: pika.URLParameters) -> Exception:
             f"the certificate of {where} is not to be trusted ({reason}). Correct the host in AMQP_URL, or name "
             "the CA's file in SSL_CERT_FILE."
         )
-    if isinstance(error, ssl.SSLError):
+    # A connection that breaks while TLS is set up is an SSLError as well.
+    if isinstance(error, ssl.SSLError) and "EOF" not in text:
         return Refused(f"{where} does not speak TLS ({error.reason}). Use amqp://, or the port that is for amqps://.")
     return Unreachable(f"can't reach RabbitMQ at {where} ({text}). Is it running, and does AMQP_URL say where?")
 
 
 def describe(error: BaseException) -> str:
-    """Return an exception as a few words on one line, without control characters."""
+    """Return an exception of pika's as a few words."""
     error = _cause(error)
     if isinstance(error, OSError) and error.strerror:
-        text = error.strerror
-    elif len(error.args) == 2 and isinstance(error.args[0], int):  # closed by RabbitMQ: reply code and text
-        text = f"{error.args[1]} ({error.args[0]})"
-    else:
-        text = str(error) or type(error).__name__
-    return printable(text)
+        return error.strerror
+    if len(error.args) == 2 and isinstance(error.args[0], int):  # closed by RabbitMQ: reply code and text
+        return f"{error.args[1]} ({error.args[0]})"
+    return str(error) or type(error).__name__
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -149,7 +148,7 @@ def shown(task: bytes) -> str:
 
 def warn(message: str) -> None:
     """Print one line of diagnosis."""
-    print(f" [!] {message}", file=sys.stderr, flush=True)
+    print(f" [!] {printable(message)}", file=sys.stderr, flush=True)
 
 
 def tidy_output() -> None:

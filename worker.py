@@ -45,7 +45,7 @@ def do_tasks(channel, keep_alive) -> None:
     for method, properties, task in keep_alive.until_stopped(channel.consume(QUEUE)):
         tries = earlier_deliveries(properties)
         if tries >= MAX_DELIVERIES:
-            set_aside(channel, method, properties, task, tries, "each time its worker died, or took too long")
+            set_aside(channel, method, properties, task, tries, "its workers died or were stopped")
             continue
         print(f" [x] Received {shown(task)}" + (" (redelivered)" if method.redelivered else ""))
         try:
@@ -61,12 +61,12 @@ def do_tasks(channel, keep_alive) -> None:
 
 def failed(channel, method, properties, task, error, keep_alive) -> None:
     """Give back a task whose work raised, for another try; or set it aside when it has had its tries."""
-    why = f"{type(error).__name__}: {error} ({where(error)})"
+    why = f"{type(error).__name__}: {error}"[:500] + f" ({where(error)})"  # it must fit into a header
     tries = earlier_deliveries(properties) + 1
     if tries >= MAX_DELIVERIES:
         set_aside(channel, method, properties, task, tries, why)
         return
-    warn(printable(f"Failed {shown(task)}: {why}. It will be tried again."))
+    warn(f"Failed {shown(task)}: {why}. It will be tried again.")
     with keep_alive:
         time.sleep(PAUSE_AFTER_FAILURE)
     # A reject, not a nack: every RabbitMQ counts it as a delivery that failed.
@@ -83,7 +83,8 @@ def where(error: BaseException) -> str:
 
 def earlier_deliveries(properties) -> int:
     """Return how often a task was delivered in vain. A quorum queue counts that; a classic one doesn't, and it is 0."""
-    return (properties.headers or {}).get("x-delivery-count", 0)
+    count = (properties.headers or {}).get("x-delivery-count")
+    return count if isinstance(count, int) else 0
 
 
 def set_aside(channel, method, properties, task, tries: int, why: str) -> None:
@@ -92,7 +93,10 @@ def set_aside(channel, method, properties, task, tries: int, why: str) -> None:
     aside = connection.channel()
     aside.queue_declare(queue=DEAD_LETTERS, durable=True, arguments=arguments_for(DEAD_LETTERS, connection))
     aside.confirm_delivery()
-    properties.headers = (properties.headers or {}) | {
+    # What RabbitMQ would act on once more, or not accept from us, must not be in the copy.
+    kept = {k: v for k, v in (properties.headers or {}).items() if k not in ("x-delivery-count", "CC", "BCC")}
+    properties.expiration = properties.user_id = None
+    properties.headers = kept | {
         "x-set-aside-because": printable(why),
         "x-set-aside-after-deliveries": tries,
         "x-set-aside-at": int(time.time()),
@@ -102,7 +106,7 @@ def set_aside(channel, method, properties, task, tries: int, why: str) -> None:
     # Only now that RabbitMQ has confirmed the copy: a crash in between leaves two, never none.
     channel.basic_ack(method.delivery_tag)
     aside.close()
-    warn(printable(f"Set aside {shown(task)} in {DEAD_LETTERS} after {tries} deliveries: {why}"))
+    warn(f"Set aside {shown(task)} in {DEAD_LETTERS} after {tries} deliveries: {why}")
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import pika
 import pytest
 from conftest import ROOT, Broker, Node, Shells
 
@@ -105,6 +106,21 @@ def test_a_task_that_kills_its_workers_is_set_aside_after_ten_of_them(broker, sh
     worker.wait_for("[x] Done")
     assert "Received 'deadly'" not in str(worker)
     assert headers_of_dead_letter(broker)["x-set-aside-after-deliveries"] == 10
+
+
+def test_a_dead_letter_keeps_what_it_had_and_neither_expires_nor_multiplies(broker, shells, worker_with):
+    with broker.connect() as connection:
+        headers = {"x-request": "7", "CC": [QUEUE]}
+        properties = pika.BasicProperties(expiration="20000", user_id="guest", message_id="m", headers=headers)
+        connection.channel().basic_publish("", QUEUE, b"bad", properties)
+    worker = shells.start(worker_with("raise ValueError('x' * 1_000_000)"))
+    worker.wait_for("Set aside 'bad'")
+    with broker.connect() as connection:
+        method, properties, body = connection.channel().basic_get(DEAD_LETTERS)
+    assert (body, properties.message_id, properties.expiration) == (b"bad", "m", None)
+    assert properties.headers["x-request"] == "7"
+    assert "CC" not in properties.headers
+    assert method.message_count == 0
 
 
 def test_a_failing_task_on_a_classic_queue_is_tried_with_pauses(broker, shells, worker_with):

@@ -52,7 +52,8 @@ def requeue(channel) -> None:
     """Send each dead letter to the task queue. RabbitMQ has the copy before it forgets the original."""
     channel.confirm_delivery()
     for delivery_tag, properties, task in dead_letters(channel):
-        properties.headers = {k: v for k, v in (properties.headers or {}).items() if not k.startswith("x-")}
+        headers = properties.headers or {}
+        properties.headers = {name: value for name, value in headers.items() if not name.startswith("x-set-aside-")}
         channel.basic_publish(exchange="", routing_key=QUEUE, body=task, properties=properties, mandatory=True)
         channel.basic_ack(delivery_tag)
         print(f" [x] Requeued {shown(task)}")

@@ -256,15 +256,20 @@ class Node:
 
 
 def cluster_nodes(folder, count: int = 3, config: str = "", **settings) -> list[Node]:
-    """Return nodes, not started yet, that form a cluster by themselves as they start. config, settings: as for a Node.
+    """Return nodes that are not started yet. config, settings: as for a Node.
 
-    One that finds none of the others is the first of a cluster, and the others join it.
+    The first is a RabbitMQ as any other; when it runs, the others join it as they start: then all are a cluster.
     """
-    names = [f"rabbit{number}" for number in range(1, count + 1)]
-    peers = [f"cluster_formation.classic_config.nodes.{n} = {name}@localhost\n" for n, name in enumerate(names, 1)]
-    config += "cluster_formation.peer_discovery_backend = classic_config\n" + "".join(peers)
-    shared = {"home": folder, "epmd_port": free_port()}
-    return [Node(Path(folder) / name, name, config=config, **shared, **settings) for name in names]
+    join = (
+        "cluster_formation.peer_discovery_backend = classic_config\n"
+        "cluster_formation.classic_config.nodes.1 = rabbit1@localhost\n"
+    )
+    settings |= {"home": folder, "epmd_port": free_port()}
+    first, *others = [f"rabbit{number}" for number in range(1, count + 1)]
+    return [
+        Node(Path(folder) / first, first, config=config, **settings),
+        *(Node(Path(folder) / name, name, config=config + join, **settings) for name in others),
+    ]
 
 
 def main() -> int:
