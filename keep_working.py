@@ -80,8 +80,6 @@ def work_until_it_ends(connection, do_tasks, signals) -> None:
         warn(why_cancelled(connection))
     except Stop:
         raise Stop(keep_alive.hand_back()) from None
-    except BrokenPipeError:  # our standard output, not the connection
-        raise
     except LOST as error:
         if getattr(error, "reply_code", None) == 403:
             raise Refused(f"RabbitMQ forbids this user to take tasks: {describe(error)}.") from None

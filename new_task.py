@@ -80,6 +80,8 @@ def send_words(words: list[str]) -> str:
 
 def send_lines() -> str:
     """Send each line of the standard input as a task, and return what to print."""
+    if sys.stdin is None:
+        raise NotConfirmed("standard input is closed.", 0)
     with task_publisher(tell=warn) as publisher:
         try:
             with progress(publisher, sys.stdin.fileno()):
@@ -95,16 +97,19 @@ def numbered_lines(file: int, check):
 
     check() is called every second while no line comes: someone must notice that RabbitMQ is gone.
     """
-    number, rest, chunk = 0, b"", b"\n"
+    number, line_so_far, chunk = 0, [], b"\n"
     while chunk:
         while not select.select([file], [], [], 1)[0]:
             check()
         chunk = os.read(file, 1 << 16)
-        *lines, rest = (rest + (chunk or b"\n")).split(b"\n")
-        for line in lines:
+        *lines, rest = (chunk or b"\n").split(b"\n")
+        for part in lines:
+            line = b"".join([*line_so_far, part])
+            line_so_far.clear()
             number += 1
             if line:
                 yield number, line
+        line_so_far.append(rest)  # joined only when it is complete: it may be very long
 
 
 @contextlib.contextmanager

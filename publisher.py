@@ -14,7 +14,6 @@ from typing import NamedTuple
 import pika
 from pika.adapters.select_connection import IOLoop
 from pika.exceptions import (
-    AMQPError,
     ChannelClosedByBroker,
     ChannelClosedByClient,
     ConnectionBlockedTimeout,
@@ -39,9 +38,6 @@ BLOCKED_SECONDS = 25
 PAUSE = 0.5
 
 NOT_STORED = "RabbitMQ could not store a task, as its queue is full or has no leader."
-
-# What pika raises when RabbitMQ or the network fails; the last two are its slips on connections that have just closed.
-LOST = (AMQPError, OSError, ValueError, AssertionError)
 
 
 class NotConfirmed(Exception):
@@ -201,7 +197,7 @@ class Publisher:
                 if self._problem != str(problem):
                     self._problem = str(problem)
                     self._tell(f"{problem} Trying for up to {GIVE_UP_SECONDS} s.")
-            except LOST as error:
+            except Exception as error:  # pika has no common base class for what can happen here
                 self._problem = f"lost RabbitMQ ({describe(error)})."
                 if self._backlog():
                     self._tell(f"Lost RabbitMQ ({describe(error)}). Reconnecting, to send again what is not confirmed.")

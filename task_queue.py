@@ -3,11 +3,13 @@
 Both scripts import this, so that a task is never sent to one queue and awaited on another.
 """
 
+import io
 import os
 import random
 import ssl
 import sys
 import time
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pika
@@ -152,9 +154,24 @@ def warn(message: str) -> None:
 
 
 def tidy_output() -> None:
-    """Print line by line also into a pipe, and never fail for a character that the terminal's encoding lacks."""
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    sys.stderr.reconfigure(line_buffering=True, errors="backslashreplace")
+    """Print line by line also into a pipe, and never fail: what can't be printed must not decide over tasks."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or Path(os.devnull).open("w")  # noqa: SIM115 - None: the shell closed it
+        setattr(sys, name, _Output(stream.detach(), stream.encoding, "backslashreplace", line_buffering=True))
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output or error that goes silent, with one line on the other, when nobody takes it any more."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:  # a reader that is gone (`| head`), or a full disk
+            with Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), self.fileno())
+            if self is sys.stdout:
+                warn(f"can't write to standard output ({error.strerror}); going on without.")
+            return len(text)
 
 
 def settled_arguments(declare, queue: str = QUEUE) -> dict:

@@ -25,7 +25,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out the tests of the Compose files where no Docker engine answers; the summary says so."""
+    for item in items:
+        # Tests that share a RabbitMQ of their own run in one process, one after the other.
+        for fixture in ("mortal_node", "strict_node", "tls_port"):
+            if fixture in item.fixturenames:
+                item.add_marker(pytest.mark.xdist_group(fixture))
+    # The tests of the Compose files are left out where no Docker engine answers; the summary says so.
     needing = [item for item in items if item.get_closest_marker("docker")]
     if needing and not docker_answers():
         items[:] = [item for item in items if item not in needing]
@@ -59,6 +64,11 @@ class Shells:
         """Start `python COMMAND...` and return it running."""
         self._scripts.append(Script(*command, url=url or self.url, **settings))
         return self._scripts[-1]
+
+    def shell(self, command: str) -> Script:
+        """Start a line of bash, for what only a shell can do."""
+        program = f"import os; os.execvp('bash', ['bash', '-c', {command!r}])"
+        return self.start("-c", program)
 
     def worker(self, *arguments: str, **settings) -> Script:
         """Start a worker and return it when it waits for tasks."""
@@ -116,19 +126,19 @@ class Broker:
             assert time.monotonic() < deadline, f"{what}: not within {within} s"
             time.sleep(0.1)
 
-    def is_classic(self) -> bool:
-        """Whether task_queue exists and is a classic queue."""
-        return f"{task_queue.QUEUE}\tclassic" in self.node.ctl("list_queues", "name", "type").splitlines()
-
     def empty(self) -> None:
         """Throw away all tasks, dead ones too. The queue itself stays, as it takes two seconds to make."""
         with self.connect() as connection:
             channel = connection.channel()
             channel.queue_delete(task_queue.DEAD_LETTERS)
-            if self.is_classic():  # a test left it so
+
+            def settled() -> dict:
+                # A test may kill RabbitMQ right away: the queue must be old enough for that.
+                return task_queue.settled_arguments(lambda **queue: connection.channel().queue_declare(**queue).method)
+
+            if settled() != task_queue.QUORUM:  # a test left a classic one
                 channel.queue_delete(task_queue.QUEUE)
-            # A test may kill RabbitMQ right away: the queue must be old enough for that.
-            task_queue.settled_arguments(lambda **queue: connection.channel().queue_declare(**queue).method)
+                settled()
 
             def is_idle() -> bool:
                 return channel.queue_declare(task_queue.QUEUE, passive=True).method.consumer_count == 0

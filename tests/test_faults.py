@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_a_failing_task_on_a_classic_queue_is_tried_with_pauses(broker, shells, 
     with broker.connect() as connection:
         connection.channel().queue_delete(QUEUE)
         connection.channel().queue_declare(QUEUE, durable=True)
-    assert broker.is_classic()
+    assert "task_queue\tclassic" in broker.node.ctl("list_queues", "name", "type").splitlines()
     worker = shells.start(worker_with("raise ValueError"))
     shells.send("bad")
     first, last = worker.wait_for("Received 'bad'"), worker.wait_for("Received 'bad'", times=13)
@@ -524,3 +525,21 @@ def test_a_user_without_permission_gets_one_line(broker, shells):
         assert script.ends() == 1
         (line,) = script.output("stderr")
         assert "ACCESS_REFUSED" in line
+
+
+# What is printed, and can't be
+
+
+@pytest.mark.parametrize("where", ["| true", "> /dev/full", ">&-", "2>&- >&-"])
+def test_an_output_that_nobody_takes_changes_nothing(broker, shells, where):
+    producer = shells.shell(f"{sys.executable} new_task.py task {where}")
+    assert producer.ends() == 0
+    assert broker.ready() == 1
+    assert "Traceback" not in str(producer)
+    worker = shells.shell(f"exec {sys.executable} worker.py {where.replace('| true', '> >(true)')}")
+    broker.wait_until(lambda: broker.ready() == 0, "the worker took the task")
+    shells.send("another")
+    broker.wait_until(lambda: broker.ready() == 0, "and goes on")
+    worker.terminate()
+    assert worker.ends() == 0
+    assert "Traceback" not in str(worker)

@@ -26,7 +26,7 @@ class Line(NamedTuple):
 class Script:
     """A running script. Its output is read line by line as it comes, into `lines`.
 
-    command: the words behind `python`. url: AMQP_URL for it. stdin: bytes or a file to read from; nothing by default.
+    command: the words behind `python`. url: AMQP_URL for it. stdin: as for Popen; nothing by default.
     """
 
     def __init__(self, *command: str, url: str, cwd: Path = ROOT, stdin=subprocess.DEVNULL, environment=()):
