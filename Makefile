@@ -6,7 +6,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench chaos lint dead-letters requeue-dead-letters stop clean
+.PHONY: help demo test bench chaos recording lint dead-letters requeue-dead-letters stop clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-22s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,10 @@ bench: .venv/dev ## measure the speed on a RabbitMQ node of its own
 chaos: .venv/dev ## kill everything at random and count what is lost (ARGS="--help")
 	@.venv/bin/python tools/rabbitmq.py programs
 	@.venv/bin/python tools/chaos.py $(ARGS)
+
+recording: .venv/run ## make docs/recording.svg from a real run
+	@.venv/bin/python tools/rabbitmq.py programs
+	@.venv/bin/python tools/recording.py $(ARGS)
 
 lint: .venv/dev ## check style and formatting
 	@.venv/bin/python -m ruff check --quiet .
