@@ -26,10 +26,10 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        # Tests that share a RabbitMQ of their own run in one process, one after the other.
-        for fixture in ("mortal_node", "strict_node", "tls_port"):
-            if fixture in item.fixturenames:
-                item.add_marker(pytest.mark.xdist_group(fixture))
+        # Tests that share a RabbitMQ of their own, or three, run in one process, one after the other.
+        for shared in ("mortal_node", "strict_node", "tls_port", "test_cluster.py", "test_compose.py"):
+            if shared in (*item.fixturenames, item.path.name):
+                item.add_marker(pytest.mark.xdist_group(shared))
     # The tests of the Compose files are left out where no Docker engine answers; the summary says so.
     needing = [item for item in items if item.get_closest_marker("docker")]
     if needing and not docker_answers():
