@@ -6,7 +6,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench chaos recording lint dead-letters requeue-dead-letters stop clean
+.PHONY: help demo test bench chaos recording lint dead-letters requeue-dead-letters stop clean rabbitmq queues kill-rabbitmq
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-22s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,15 @@ dead-letters: .venv/run ## list the tasks that failed too often
 
 requeue-dead-letters: .venv/run ## send the tasks that failed too often again
 	@.venv/bin/python tools/dead_letters.py requeue
+
+rabbitmq: .venv/run ## start a RabbitMQ to play with, in the ways that demo does
+	@.venv/bin/python tools/rabbitmq.py start
+
+queues: ## list the queues of that RabbitMQ: rabbitmqctl list_queues
+	@$(PYTHON) tools/rabbitmq.py queues
+
+kill-rabbitmq: ## kill -9 that RabbitMQ, to see what survives
+	@$(PYTHON) tools/rabbitmq.py kill
 
 stop: ## stop the RabbitMQ that demo started, and nothing else
 	@$(PYTHON) tools/rabbitmq.py stop

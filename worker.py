@@ -9,6 +9,7 @@ A task is acknowledged after it is done. If this worker dies before that, Rabbit
 no task is lost, but a task may be done twice.
 """
 
+import os
 import sys
 import time
 
@@ -78,7 +79,9 @@ def where(error: BaseException) -> str:
     place = error.__traceback__
     while place.tb_next:
         place = place.tb_next
-    return f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}"
+    path = place.tb_frame.f_code.co_filename
+    here = os.path.relpath(path)
+    return f"{path if here.startswith('..') else here}:{place.tb_lineno}"
 
 
 def earlier_deliveries(properties) -> int:

@@ -2,6 +2,8 @@
 
     .venv/bin/python tools/rabbitmq.py start       find a RabbitMQ that runs, or start one
     .venv/bin/python tools/rabbitmq.py stop        stop what was started here, and nothing else
+    .venv/bin/python tools/rabbitmq.py kill        end it at once, as a power cut would
+    .venv/bin/python tools/rabbitmq.py queues      show its queues
     .venv/bin/python tools/rabbitmq.py programs    see that RabbitMQ's programs are installed, for the tests
 
 What was started is written down in .rabbitmq/, and its data are kept there, or in the container's volume.
@@ -68,6 +70,13 @@ class Container:
                 raise NodeError(f"RabbitMQ did not come back in its container, see: docker logs {self.identity[:12]}")
             time.sleep(0.1)
         return self
+
+    def ctl(self, *arguments: str) -> str:
+        """Run rabbitmqctl in the container and return what it prints."""
+        done = _docker("exec", "--user", "rabbitmq", self.identity, "rabbitmqctl", "-q", *arguments)
+        if done.returncode:
+            raise NodeError(f"rabbitmqctl {arguments[0]} failed: {(done.stderr or done.stdout).strip()}")
+        return done.stdout
 
     def stop(self) -> None:
         """Stop the container in good order; it keeps its data."""
@@ -217,6 +226,29 @@ def stop() -> None:
         _forget(server)
 
 
+def kill() -> None:
+    """Kill the node or the container that was started here; both keep their data."""
+    for server in _ours():
+        server.kill()
+        say(f"killed the {type(server).__name__.lower()} on localhost:{server.port}")
+
+
+def queues() -> None:
+    """Show the queues of the RabbitMQ that was started here."""
+    columns = ("name", "messages_ready", "messages_unacknowledged", "consumers")
+    for server in _ours():
+        for line in server.ctl("list_queues", *columns).splitlines():
+            # Under their headings: rabbitmqctl puts a tab between them, and leaves it at that.
+            cells = zip(line.split("\t"), columns, strict=True)
+            print("  ".join(cell.ljust(max(len(column), 10)) for cell, column in cells).rstrip())
+
+
+def _ours() -> list[Node | Container]:
+    if not started():
+        raise NodeError("none that was started here is running: use your own RabbitMQ's commands, or make rabbitmq")
+    return started()
+
+
 def _recorded() -> list[Node | Container]:
     return [server for server in (Node.load(FOLDER), Container.load()) if server]
 
@@ -264,7 +296,7 @@ def _docker(*arguments: str, timeout: float | None = DOCKER_TIMEOUT) -> subproce
 
 def main() -> int:
     """Do what the command line says."""
-    commands = {"start": find, "stop": stop, "programs": see_programs}
+    commands = {"start": find, "stop": stop, "kill": kill, "queues": queues, "programs": see_programs}
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
         print(__doc__, file=sys.stderr)
         return 2
