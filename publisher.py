@@ -76,6 +76,7 @@ class Publisher:
         self._problem = None  # why nothing is confirmed at the moment
         self._failure = None  # why nothing ever will be
         self._closed = False
+        self._resting = True  # whether nothing may be published now
         self._connected = False
         # Someone who runs a command wants to know at once that RabbitMQ can't be reached. Only when it was there
         # before, and something is under way, is it worth waiting for.
@@ -94,7 +95,8 @@ class Publisher:
         """Publish tasks (an iterable of bytes), and return their number once RabbitMQ has confirmed every one.
 
         NotConfirmed if it can't be reached, refuses, or confirms nothing for GIVE_UP_SECONDS; the Publisher is closed
-        then. Whatever iterating over the tasks raises passes through. Memory holds a window of tasks, never all.
+        then. ValueError if it was closed before. Whatever iterating over the tasks raises passes through. Memory holds
+        a window of tasks, never all.
         """
         return self.send_numbered(enumerate(tasks, 1))
 
@@ -103,13 +105,15 @@ class Publisher:
 
         The numbers must rise; some may be left out.
         """
+        if self._closed:
+            raise ValueError("this Publisher is closed")
         before = self.sent
         if not self._connected:
             self._patient = False
         try:
-            for self._last_number, body in tasks:
+            for number, body in tasks:
                 self._wait(self._has_room, len(body))
-                self._hand_over(_Task(self._last_number, str(uuid.uuid4()), body))
+                self._hand_over(_Task(number, str(uuid.uuid4()), body))
             self._wait(self._is_done)
         except (Unreachable, Refused) as failure:
             self.close()
@@ -168,6 +172,7 @@ class Publisher:
         self.sent += 1
         self._bytes_in += len(task.body)
         self._outbox.append(task)
+        self._last_number = task.number  # behind that, so that a Ctrl+C in between doesn't make it look confirmed
         if not self._awake:
             self._awake = True
             with self._changed:
@@ -182,11 +187,12 @@ class Publisher:
 
     def _run(self) -> None:
         """Publish on one connection after the other, until there is no more to hope for, or close()."""
+        told = False  # whether the user knows of this outage
         while not self._closed:
             try:
                 self._connection = first_that_answers(nodes("new_task.py"), self._open)
                 self._connected = self._patient = True
-                self._problem = None
+                told, self._problem = False, None
                 self._serve()
                 return
             except Refused as failure:
@@ -194,9 +200,9 @@ class Publisher:
             except Unreachable as problem:
                 if not self._patient:
                     return self._fail(problem)
-                if self._problem != str(problem):
-                    self._problem = str(problem)
+                if not told:
                     self._tell(f"{problem} Trying for up to {GIVE_UP_SECONDS} s.")
+                told, self._problem = True, str(problem)
             except Exception as error:  # pika has no common base class for what can happen here
                 self._problem = f"lost RabbitMQ ({describe(error)})."
                 if self._backlog():
@@ -216,6 +222,7 @@ class Publisher:
     def _open(self, node: pika.URLParameters):
         """Return an open connection to a node. Whatever pika raises passes through."""
         node.blocked_connection_timeout = node.blocked_connection_timeout or BLOCKED_SECONDS
+        self._broken = None
         with self._changed:
             self._loop = IOLoop()
         try:
@@ -233,6 +240,7 @@ class Publisher:
             raise
 
     def _disconnect(self) -> None:
+        self._resting = True
         with self._changed:
             loop, self._loop = self._loop, None
         if loop:
@@ -292,7 +300,7 @@ class Publisher:
         except ConnectionBlockedTimeout:
             raise Refused(f"{self._problem} Free some there; rabbitmq-diagnostics alarms tells more.") from None
         except ChannelClosedByBroker as error:
-            if error.reply_code in (403, 406):  # no permission, or a task larger than RabbitMQ accepts
+            if error.reply_code in (403, 405, 406):  # no permission, not our queue, or a task larger than it takes
                 raise Refused(f"RabbitMQ refuses: {describe(error)}.") from None
             raise
         self._connection.close()
