@@ -1,0 +1,295 @@
+"""The same two scripts on a cluster of three RabbitMQ nodes: nodes die, freeze and restart, and no task is lost."""
+
+import itertools
+import json
+import subprocess
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Broker, Node, Shells
+from rabbitmq_node import cluster_nodes
+
+from task_queue import QUEUE
+
+# How long a worker whose node died may take until it works again.
+BACK_AT_WORK_SECONDS = 15
+
+# A frozen node keeps its connections open: only missing heartbeats tell. The default of 20 s would make a long test.
+HEARTBEAT_SECONDS = 2
+
+# new_task.py with less patience: it gives up after as many seconds as its first argument says.
+IMPATIENT = """
+import sys
+sys.path.insert(0, {root!r})
+import new_task, publisher
+publisher.GIVE_UP_SECONDS = int(sys.argv.pop(1))
+sys.exit(new_task.main())
+"""
+
+
+class Cluster(Broker):
+    """Three nodes on loopback, and what a test asks them. The first is asked, unless it is down."""
+
+    def __init__(self, nodes: list[Node]):
+        self.nodes = nodes
+
+    @property
+    def node(self) -> Node:
+        return next(node for node in self.nodes if node.running)
+
+    @property
+    def urls(self) -> str:
+        """AMQP_URL for the scripts: all nodes."""
+        return ";".join(f"{node.url}?heartbeat={HEARTBEAT_SECONDS}" for node in self.nodes)
+
+    def queue(self) -> dict:
+        """What rabbitmqctl tells of task_queue: {"leader": name of a node, "members": names, "online": names}."""
+        queues = json.loads(self.node.ctl("list_queues", "name", "leader", "members", "online", "--formatter", "json"))
+        return next((queue for queue in queues if queue["name"] == QUEUE), {"members": [], "online": []})
+
+    def leader(self) -> Node:
+        """The node that leads the queue."""
+        name = self.queue()["leader"]
+        return next(node for node in self.nodes if node.name == name)
+
+    def start(self) -> None:
+        """Start the nodes that are down, all at once."""
+        for node in self.nodes:
+            if not node.running:
+                node.launch()
+        for node in self.nodes:
+            node.wait_until_ready()
+
+    def wait_until_whole(self) -> None:
+        """Return when the queue is up on all three nodes."""
+        self.wait_until(lambda: len(self.queue()["online"]) == 3, "the queue is online on three nodes", within=60)
+
+
+@pytest.fixture(scope="module")
+def grown_cluster(tmp_path_factory):
+    """A cluster that was one node when task_queue was declared, so that the queue is on that node only."""
+    nodes = cluster_nodes(tmp_path_factory.mktemp("cluster"))
+    cluster = Cluster(nodes)
+    try:
+        nodes[0].start()
+        cluster.empty()
+        cluster.start()
+        yield cluster
+    finally:
+        for node in nodes:
+            node.close()
+
+
+@pytest.fixture
+def cluster(grown_cluster):
+    """A cluster of which all nodes run, with an empty task_queue on all of them."""
+    grown_cluster.start()
+    if len(grown_cluster.queue()["members"]) < 3:  # what is declared now is put on three nodes
+        with grown_cluster.connect() as connection:
+            connection.channel().queue_delete(QUEUE)
+    grown_cluster.empty()
+    grown_cluster.wait_until_whole()
+    return grown_cluster
+
+
+@pytest.fixture
+def shells(cluster):
+    """Shells whose scripts know all nodes of the cluster."""
+    shells = Shells(cluster.urls)
+    yield shells
+    shells.close()
+
+
+class Load:
+    """Tasks that flow through `new_task.py -` to four workers. Every tenth takes a second."""
+
+    TASKS_PER_SECOND = 20
+
+    def __init__(self, shells: Shells):
+        self._shells = shells
+        self.workers = [shells.worker() for _ in range(4)]
+        self._producer = shells.start("new_task.py", "-", stdin=subprocess.PIPE)
+        self._ended = threading.Event()
+        self._feeder = threading.Thread(target=self._feed)
+        self._feeder.start()
+        self.wait_until_all_work(time.monotonic())
+
+    def _feed(self) -> None:
+        with self._producer.process.stdin as stdin:
+            for self.fed in itertools.count(1):
+                stdin.write(f"task {self.fed}{'.' * (self.fed % 10 == 0)}\n".encode())
+                stdin.flush()
+                if self._ended.wait(1 / self.TASKS_PER_SECOND):
+                    return
+
+    def workers_on(self, node: Node) -> list:
+        """The workers that are connected to a node; if need be, more are started until there is one."""
+        while not (found := [worker for worker in self.workers if node_of(worker) == node.port]):
+            self.workers.append(self._shells.worker())
+        return found
+
+    def wait_until_all_work(self, since: float, workers=None, within: float = 60) -> None:
+        """Return when each of the workers has done a task that it received after `since`."""
+        for worker in workers or self.workers:
+            Broker.wait_until(None, lambda w=worker: did_a_task(w, since), f"works again: {worker}", within)
+
+    def finish(self) -> None:
+        """Send no more, and see that every task was reported sent and is done."""
+        self._ended.set()
+        self._feeder.join()
+        assert self._producer.ends(90) == 0, str(self._producer)
+        assert self._producer.output() == [f" [x] Sent {self.fed} tasks"]
+        tasks = {f"task {number}{'.' * (number % 10 == 0)}" for number in range(1, self.fed + 1)}
+        Broker.wait_until(None, lambda: tasks <= set(self.done()), "every task is done", within=60)
+        for script in (self._producer, *self.workers):
+            assert all(line.startswith(" [!] ") for line in script.output("stderr")), str(script)
+        assert all(worker.running for worker in self.workers)
+
+    def stop(self) -> None:
+        """Send no more. For the end of a test that failed."""
+        self._ended.set()
+        self._producer.kill()
+        self._feeder.join()
+
+    def done(self) -> Counter:
+        """How often each task was done."""
+        done = Counter()
+        for worker in self.workers:
+            for line, following in itertools.pairwise(worker.output()):
+                if following == " [x] Done":
+                    done[line.split("'")[1]] += 1
+        return done
+
+
+def did_a_task(worker, since: float) -> bool:
+    """Whether the worker has done a task that it received after `since`."""
+    lines = [line.text for line in worker.lines if line.stream == "stdout" and line.at > since]
+    received = next((index for index, text in enumerate(lines) if "Received" in text), len(lines))
+    return " [x] Done" in lines[received:]
+
+
+@pytest.fixture
+def load(shells):
+    load = Load(shells)
+    yield load
+    load.stop()
+
+
+def node_of(worker) -> int:
+    """The port of the node that a script is connected to, as the kernel knows it."""
+    process = Path(f"/proc/{worker.process.pid}")
+    files = {str(file.readlink()) for file in (process / "fd").iterdir()}
+    for line in (process / "net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if f"socket:[{fields[9]}]" in files:
+            return int(fields[2].split(":")[1], 16)
+    return 0
+
+
+# The queue and its members. The first test is first because it finds the queue as the fixture has left it.
+
+
+def test_a_queue_older_than_the_cluster_is_put_on_all_nodes_by_the_commands_of_the_readme(grown_cluster):
+    first, *others = (node.name for node in grown_cluster.nodes)
+    node = grown_cluster.nodes[0]
+    assert len(json.loads(node.ctl("cluster_status", "--formatter", "json"))["running_nodes"]) == 3
+
+    before = node.ctl("quorum_status", "task_queue", program="rabbitmq-queues")
+    assert first in before
+    assert not any(name in before for name in others)
+
+    for name in others:
+        node.ctl("grow", name, "all", program="rabbitmq-queues")
+    after = node.ctl("quorum_status", "task_queue", program="rabbitmq-queues")
+    assert all(name in after for name in (first, *others))
+    grown_cluster.wait_until_whole()
+
+
+def test_a_new_queue_is_on_all_three_nodes(cluster, shells):
+    with cluster.connect() as connection:
+        connection.channel().queue_delete(QUEUE)
+    shells.send("task")
+    assert len(cluster.queue()["members"]) == 3
+
+
+# Faults under load
+
+
+def test_the_node_that_leads_the_queue_is_killed_and_comes_back(cluster, load):
+    leader = cluster.leader()
+    orphans = load.workers_on(leader)
+    killed_at = time.monotonic()
+    leader.kill()
+    assert not leader.running
+    load.wait_until_all_work(killed_at, orphans, within=BACK_AT_WORK_SECONDS)
+    load.wait_until_all_work(killed_at)
+    assert all("Lost RabbitMQ" in str(worker) for worker in orphans)
+    assert cluster.leader() != leader
+
+    leader.start()
+    cluster.wait_until_whole()
+    load.wait_until_all_work(time.monotonic())
+    load.finish()
+
+
+def test_a_node_that_freezes_is_given_up_and_taken_back(cluster, load):
+    leader = cluster.leader()
+    frozen = next(node for node in cluster.nodes if node != leader)
+    orphans = load.workers_on(frozen)
+    frozen_at = time.monotonic()
+    frozen.freeze()
+    try:
+        load.wait_until_all_work(frozen_at, within=90)  # a worker may try the frozen node, too, for 15 s a time
+        assert all("Lost RabbitMQ" in str(worker) for worker in orphans)
+        assert all(node_of(worker) != frozen.port for worker in load.workers)
+    finally:
+        frozen.thaw()
+    cluster.wait_until_whole()
+    load.wait_until_all_work(time.monotonic())
+    load.finish()
+
+
+def test_each_node_in_turn_is_restarted(cluster, load):
+    for node in cluster.nodes:
+        node.stop()
+        assert not node.running
+        node.start()
+        cluster.wait_until_whole()
+    load.wait_until_all_work(time.monotonic())
+    load.finish()
+
+
+def test_with_two_of_three_nodes_down_producers_fail_and_workers_wait(cluster, shells, tmp_path):
+    impatient = tmp_path / "impatient.py"
+    impatient.write_text(IMPATIENT.format(root=str(ROOT)))
+    worker = shells.worker()
+    shells.send("before")
+    worker.wait_for("[x] Done")
+    leader = cluster.leader()
+    second = next(node for node in cluster.nodes if node != leader)
+    for node in (leader, second):
+        node.kill()
+        assert not node.running
+
+    producer = shells.start(str(impatient), "5", "while down")
+    assert producer.ends() == 1
+    assert producer.output() == []
+    assert producer.output("stderr")[-1].startswith(" [!] Not sent: gave up after 5 s: RabbitMQ ")
+    newcomer = shells.start("worker.py")
+    patient = shells.start("new_task.py", "patient")
+    assert worker.running
+
+    second.start()
+    assert patient.ends(60) == 0, str(patient)
+    shells.send("after")
+    for task in ("patient", "after"):
+        cluster.wait_until(lambda t=task: f"Received '{t}'" in f"{worker}{newcomer}", f"{task!r} is taken", within=60)
+    leader.start()
+    for number in range(8):  # each takes a second, so both workers are needed
+        shells.send(f"all together {number}.")
+    for script in (worker, newcomer):
+        script.wait_for("Received 'all together")
+        assert all(line.startswith(" [!] ") for line in script.output("stderr")), str(script)
