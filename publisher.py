@@ -37,6 +37,10 @@ BLOCKED_SECONDS = 25
 # The pause before a task goes out again that RabbitMQ could not store, and between two attempts to reconnect.
 PAUSE = 0.5
 
+# How often to try that on one connection. A node of RabbitMQ 3.10 that was cut off from its cluster for a while may
+# refuse for good what comes over a connection of that time, though the queue is well again.
+MAX_RESTS = 10
+
 NOT_STORED = "RabbitMQ could not store a task, as its queue is full or has no leader."
 
 
@@ -74,6 +78,7 @@ class Publisher:
         self._bytes_in = self._bytes_out = 0  # how many bytes of tasks came in, ever, and how many were confirmed
         self._progress = 0.0  # when something was confirmed, or there was nothing to confirm
         self._problem = None  # why nothing is confirmed at the moment
+        self._told = False  # whether the user knows that
         self._failure = None  # why nothing ever will be
         self._closed = False
         self._resting = True  # whether nothing may be published now
@@ -128,7 +133,7 @@ class Publisher:
     def check(self) -> None:
         """Raise Unreachable or Refused if there is no hope for the tasks on their way."""
         if self._backlog() and time.monotonic() - self._progress > GIVE_UP_SECONDS:
-            why = self._problem or "RabbitMQ confirms nothing, and does not say why."
+            why = self._problem or "RabbitMQ confirms nothing. In a cluster, are most of its nodes up?"
             self._failure = self._failure or Unreachable(f"gave up after {GIVE_UP_SECONDS} s: {why}")
         if self._failure:
             raise self._failure
@@ -187,12 +192,11 @@ class Publisher:
 
     def _run(self) -> None:
         """Publish on one connection after the other, until there is no more to hope for, or close()."""
-        told = False  # whether the user knows of this outage
         while not self._closed:
             try:
                 self._connection = first_that_answers(nodes("new_task.py"), self._open)
                 self._connected = self._patient = True
-                told, self._problem = False, None
+                self._problem = None
                 self._serve()
                 return
             except Refused as failure:
@@ -200,19 +204,24 @@ class Publisher:
             except Unreachable as problem:
                 if not self._patient:
                     return self._fail(problem)
-                if not told:
-                    self._tell(f"{problem} Trying for up to {GIVE_UP_SECONDS} s.")
-                told, self._problem = True, str(problem)
+                self._complain(str(problem), f"Trying for up to {GIVE_UP_SECONDS} s.")
             except Exception as error:  # pika has no common base class for what can happen here
-                self._problem = f"lost RabbitMQ ({describe(error)})."
                 if self._backlog():
-                    self._tell(f"Lost RabbitMQ ({describe(error)}). Reconnecting, to send again what is not confirmed.")
+                    lost = f"Lost RabbitMQ ({describe(error)})."
+                    self._complain(lost, "Reconnecting, to send again what is not confirmed.")
             finally:
                 self._disconnect()
             self._connected = False
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, PAUSE)
                 self._changed.wait_for(lambda: self._closed or self._backlog())
+
+    def _complain(self, problem: str, what_follows: str) -> None:
+        """Take note of why nothing is confirmed, and tell the user, once until something is confirmed again."""
+        self._problem = problem
+        if not self._told:
+            self._tell(f"{problem} {what_follows}")
+        self._told = True
 
     def _fail(self, failure: Exception) -> None:
         with self._changed:
@@ -311,7 +320,7 @@ class Publisher:
         self._outbox.extendleft(reversed(self._unconfirmed.values()))
         self._unconfirmed.clear()
         self._tag = self._seen = 0  # the highest delivery tag given, and the highest below which all are confirmed
-        self._resting = False
+        self._rests, self._resting = 0, False  # how often in a row it could not store a task
         self._publish_waiting()
 
     def _publish_waiting(self) -> None:
@@ -344,21 +353,24 @@ class Publisher:
         if isinstance(frame.method, Basic.Nack):
             self._rest()
             return
-        self._progress, self._problem = time.monotonic(), None
+        self._progress, self._problem, self._told, self._rests = time.monotonic(), None, False, 0
         if self._backlog() <= WINDOW // 2 and self._bytes_in - self._bytes_out <= WINDOW_BYTES // 2:
             with self._changed:
                 self._changed.notify_all()
 
     def _rest(self) -> None:
         """RabbitMQ could not store a task, e.g. as the queue has no leader for a moment: go on after a pause."""
+        self._complain(NOT_STORED, "Trying again.")
         if not self._resting:
-            if self._problem != NOT_STORED:
-                self._problem = NOT_STORED
-                self._tell(f"{NOT_STORED} Trying again.")
             self._resting = True
+            self._rests += 1
             self._loop.call_later(PAUSE, self._wake_up)
 
     def _wake_up(self) -> None:
+        if self._rests > MAX_RESTS:
+            self._broken = Unreachable(NOT_STORED)
+            self._loop.stop()
+            return
         self._resting = False
         self._publish_waiting()
 
@@ -367,8 +379,8 @@ class Publisher:
         self._loop.stop()
 
     def _on_blocked(self, _connection, frame) -> None:
-        self._problem = f"RabbitMQ takes no tasks for now: {frame.method.reason}."
-        self._tell(f"{self._problem} Waiting up to {BLOCKED_SECONDS} s.")
+        alarm = f"RabbitMQ takes no tasks for now: {frame.method.reason}."
+        self._complain(alarm, f"Waiting up to {BLOCKED_SECONDS} s.")
 
     def _on_unblocked(self, _connection, _frame) -> None:
         self._problem = None
