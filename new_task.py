@@ -176,4 +176,5 @@ def how_to_go_on(confirmed: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # All is printed, and the connection closed. What else Python tidies up at its end takes longer than the task did.
+    os._exit(main())
