@@ -24,12 +24,15 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "docker: needs a Docker engine with Compose")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     for item in items:
         # Tests that share a RabbitMQ of their own, or three, run in one process, one after the other.
         for shared in ("mortal_node", "strict_node", "tls_port", "test_cluster.py", "test_compose.py"):
             if shared in (*item.fixturenames, item.path.name):
                 item.add_marker(pytest.mark.xdist_group(shared))
+    # What takes longest comes first: it must not be left alone at the end.
+    items.sort(key=lambda item: item.path.name not in ("test_readme.py", "test_chaos.py"))
     # The tests of the Compose files are left out where no Docker engine answers; the summary says so.
     needing = [item for item in items if item.get_closest_marker("docker")]
     if needing and not docker_answers():
