@@ -115,6 +115,19 @@ def arguments_for(queue: str, connection) -> dict:
     return settled_arguments(declare, queue)
 
 
+def publish_copy(queue: str, task: bytes, properties) -> None:
+    """Publish a task to a durable queue, and return when RabbitMQ has confirmed it; else Refused, Unreachable or LOST.
+
+    It takes a connection of its own. RabbitMQ stops listening to one that publishes while memory or disk is short: on
+    the worker's own, that would hold up its acknowledgements, and so the very workers that could empty the queue.
+    """
+    with first_that_answers(nodes("worker.py"), pika.BlockingConnection) as connection:
+        channel = connection.channel()
+        channel.queue_declare(queue=queue, durable=True, arguments=arguments_for(queue, connection))
+        channel.confirm_delivery()
+        channel.basic_publish(exchange="", routing_key=queue, body=task, properties=properties, mandatory=True)
+
+
 class KeepAlive:
     """Answers RabbitMQ's heartbeats while the main thread works.
 
@@ -216,8 +229,13 @@ class Signals:
         self._while_working = [signal.SIGINT] if graceful else [signal.SIGINT, signal.SIGTERM]
         signal.signal(signal.SIGINT, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
+        self._pid = os.getpid()
 
     def _on_signal(self, signum, _frame):
+        if os.getpid() != self._pid:  # a process that work() forked: a signal ends it, as it ends any process
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+            return
         if self.first:
             os._exit(0)  # RabbitMQ sees the connection close, and gives the task to another worker
         self.first = "Ctrl+C" if signum == signal.SIGINT else "SIGTERM"

@@ -22,6 +22,8 @@ try:
     import pika
 except ModuleNotFoundError:
     sys.exit(" [!] pika is not installed. Install it with: python -m pip install -r requirements.txt")
+except KeyboardInterrupt:  # to import it takes a moment
+    sys.exit(1)
 
 from publisher import NotConfirmed, Publisher
 from task_queue import QUEUE, shown, tidy_output, warn
@@ -48,7 +50,10 @@ def task_publisher(tell=lambda line: None) -> Publisher:
 
 
 def set_up(channel, arguments, on_confirm) -> None:
-    """Make sure that the queue is there, and that RabbitMQ tells us of every task it has stored."""
+    """Make sure that the queue is there, and that RabbitMQ tells us of every task it has stored.
+
+    Neither call waits for RabbitMQ's answer: if it says no, it closes the channel, and nothing is sent.
+    """
     channel.queue_declare(queue=QUEUE, durable=True, arguments=arguments)
     channel.confirm_delivery(on_confirm)
 
@@ -89,6 +94,10 @@ def send_lines() -> str:
         except KeyboardInterrupt:
             publisher.close()
             raise NotConfirmed("interrupted.", publisher.leading_confirmed()) from None
+        except OSError as error:  # from reading: those of the network never come this far
+            publisher.close()
+            why = f"can't read standard input ({error.strerror})."
+            raise NotConfirmed(why, publisher.leading_confirmed()) from None
     return f" [x] Sent {sent} tasks"
 
 

@@ -21,7 +21,7 @@ from pika.exceptions import (
 )
 from pika.spec import Basic
 
-from task_queue import Refused, Unreachable, describe, first_that_answers, nodes, settled_arguments
+from task_queue import BLOCKED_SECONDS, Refused, Unreachable, describe, first_that_answers, nodes, settled_arguments
 
 # How many tasks, and how many bytes of them, may be on their way without a confirm. They are what memory holds.
 WINDOW = 2000
@@ -29,10 +29,6 @@ WINDOW_BYTES = 32 * 1024 * 1024
 
 # How long to try before giving up, when nothing is confirmed: a RabbitMQ that restarts is back well before that.
 GIVE_UP_SECONDS = 60
-
-# How long RabbitMQ may keep us from publishing because it is short of memory or disk. With what else takes time, a
-# user waits for less than 30 s.
-BLOCKED_SECONDS = 25
 
 # The pause before a task goes out again that RabbitMQ could not store, and between two attempts to reconnect.
 PAUSE = 0.5
@@ -66,7 +62,7 @@ class Publisher:
 
     set_up(channel, arguments, on_confirm) is called on each new connection; publish(channel, body, message_id) for
     each task; tell(line), if given, with what the user may want to know meanwhile. An idle Publisher keeps its
-    connection alive, and makes a new one when needed. One thread at a time may send.
+    connection alive, and makes a new one when needed. One thread at a time may send. A forked process needs its own.
     """
 
     def __init__(self, set_up, publish, tell=lambda line: None):
@@ -100,8 +96,8 @@ class Publisher:
         """Publish tasks (an iterable of bytes), and return their number once RabbitMQ has confirmed every one.
 
         NotConfirmed if it can't be reached, refuses, or confirms nothing for GIVE_UP_SECONDS; the Publisher is closed
-        then. ValueError if it was closed before. Whatever iterating over the tasks raises passes through. Memory holds
-        a window of tasks, never all.
+        then. What iterating over the tasks raises passes through, and closes it, too. ValueError if it was closed
+        before. Memory holds a window of tasks, never all.
         """
         return self.send_numbered(enumerate(tasks, 1))
 
@@ -112,7 +108,7 @@ class Publisher:
         """
         if self._closed:
             raise ValueError("this Publisher is closed")
-        before = self.sent
+        before, self._last_number = self.sent, 0
         if not self._connected:
             self._patient = False
         try:
@@ -123,11 +119,14 @@ class Publisher:
         except (Unreachable, Refused) as failure:
             self.close()
             raise NotConfirmed(str(failure), self.leading_confirmed()) from None
+        except BaseException:
+            self.close()  # or the next send() would take the tasks that are under way for its own
+            raise
         return self.sent - before
 
     def leading_confirmed(self) -> int:
         """Return the number up to which all tasks of the last send() are confirmed."""
-        pending = [*self._outbox, *self._unconfirmed.values()]
+        pending = [*self._outbox, *self._unconfirmed.values(), *self._outbox]  # whichever way one is moving just now
         return min((task.number for task in pending), default=self._last_number + 1) - 1
 
     def check(self) -> None:
@@ -151,7 +150,8 @@ class Publisher:
     # From here to _hand_over() runs in the thread that sends.
 
     def _backlog(self) -> int:
-        return len(self._outbox) + len(self._unconfirmed)
+        # Not by counting them where they are: a task that is nacked moves, and could be missed.
+        return self.sent - self.confirmed
 
     def _has_room(self, size: int) -> bool:
         backlog = self._backlog()
@@ -230,7 +230,6 @@ class Publisher:
 
     def _open(self, node: pika.URLParameters):
         """Return an open connection to a node. Whatever pika raises passes through."""
-        node.blocked_connection_timeout = node.blocked_connection_timeout or BLOCKED_SECONDS
         self._broken = None
         with self._changed:
             self._loop = IOLoop()
@@ -303,11 +302,12 @@ class Publisher:
             self._connection.add_on_connection_blocked_callback(self._on_blocked)
             self._connection.add_on_connection_unblocked_callback(self._on_unblocked)
             self._set_up(self._channel, arguments, self._on_confirm)
-            self._publish_all()
+            if not self._closed:
+                self._publish_all()
             while not self._closed:
                 self._run_loop()
         except ConnectionBlockedTimeout:
-            raise Refused(f"{self._problem} Free some there; rabbitmq-diagnostics alarms tells more.") from None
+            raise Refused(f"{self._alarm} Free some there; rabbitmq-diagnostics alarms tells more.") from None
         except ChannelClosedByBroker as error:
             if error.reply_code in (403, 405, 406):  # no permission, not our queue, or a task larger than it takes
                 raise Refused(f"RabbitMQ refuses: {describe(error)}.") from None
@@ -379,8 +379,8 @@ class Publisher:
         self._loop.stop()
 
     def _on_blocked(self, _connection, frame) -> None:
-        alarm = f"RabbitMQ takes no tasks for now: {frame.method.reason}."
-        self._complain(alarm, f"Waiting up to {BLOCKED_SECONDS} s.")
+        self._alarm = f"RabbitMQ takes no tasks for now: {frame.method.reason}."
+        self._complain(self._alarm, f"Waiting up to {BLOCKED_SECONDS} s.")
 
     def _on_unblocked(self, _connection, _frame) -> None:
         self._problem = None

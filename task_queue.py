@@ -32,6 +32,10 @@ SETTLE_SECONDS = 2
 # How often the two ends show each other that they are alive. RabbitMQ advises 5 to 20 s; its own default is 60.
 HEARTBEAT_SECONDS = 20
 
+# How long RabbitMQ may keep us from publishing because it is short of memory or disk. With what else takes time, a
+# user waits for less than 30 s.
+BLOCKED_SECONDS = 25
+
 
 class Unreachable(Exception):
     """No node of RabbitMQ can be reached now; later one may be. The message is for the user."""
@@ -67,6 +71,8 @@ def _node(url: str, name: str) -> pika.URLParameters:
         ) from None
     if node.heartbeat is None:
         node.heartbeat = HEARTBEAT_SECONDS
+    if node.blocked_connection_timeout is None:
+        node.blocked_connection_timeout = BLOCKED_SECONDS
     node.client_properties = {"connection_name": name} | (node.client_properties or {})
     return node
 
@@ -97,7 +103,8 @@ def _explained(error: Exception, node: pika.URLParameters) -> Exception:
         remote_guest = user == "guest" and node.host not in ("localhost", "127.0.0.1", "::1")
         hint = "; by default RabbitMQ lets guest in from its own machine only" if remote_guest else ""
         return Refused(f"RabbitMQ at {where} refuses user {user!r}. Check user and password in AMQP_URL{hint}.")
-    if isinstance(error, ProbableAccessDeniedError) and "(530)" in text:
+    # A full house ("connection limit (10) is reached") is a 530 as well, and passes.
+    if isinstance(error, ProbableAccessDeniedError) and "(530)" in text and "limit (" not in text:
         vhost = node.virtual_host
         return Refused(
             f"RabbitMQ at {where} has no virtual host {vhost!r}, or none that user {node.credentials.username!r} may "

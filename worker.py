@@ -9,23 +9,30 @@ A task is acknowledged after it is done. If this worker dies before that, Rabbit
 no task is lost, but a task may be done twice.
 """
 
+import contextlib
 import os
 import sys
 import time
+import traceback
 
 try:
     import pika
 except ModuleNotFoundError:
     sys.exit(" [!] pika is not installed. Install it with: python -m pip install -r requirements.txt")
+except KeyboardInterrupt:  # to import it takes a moment
+    sys.exit(0)
 
-from keep_working import arguments_for, keep_working
-from task_queue import DEAD_LETTERS, QUEUE, Refused, printable, shown, tidy_output, warn
+from keep_working import LOST, Stop, arguments_for, keep_working, publish_copy
+from task_queue import DEAD_LETTERS, QUEUE, Refused, Unreachable, describe, printable, shown, tidy_output, warn
 
 # After so many deliveries a task is set aside. RabbitMQ's own limit is 20: there it would drop the task.
 MAX_DELIVERIES = 10
 
 # How long to wait before a failed task goes back: what made it fail may pass, and failing must not keep a CPU busy.
 PAUSE_AFTER_FAILURE = 1
+
+# How long to wait before another attempt to set a task aside, when RabbitMQ has no room for it.
+PAUSE_BEFORE_SET_ASIDE = 10
 
 
 def work(task: bytes) -> None:
@@ -47,26 +54,29 @@ def do_tasks(channel, keep_alive) -> None:
     for method, properties, task in keep_alive.until_stopped(channel.consume(QUEUE)):
         tries = earlier_deliveries(properties)
         if tries >= MAX_DELIVERIES:
-            set_aside(channel, method, properties, task, tries, "its workers died or were stopped")
+            set_aside(channel, method, properties, task, tries, "its workers died or were stopped", keep_alive)
             continue
         print(f" [x] Received {shown(task)}" + (" (redelivered)" if method.redelivered else ""))
         try:
             with keep_alive:
                 work(task)
-        except (Exception, SystemExit) as error:
+        except Stop:
+            raise
+        except BaseException as error:  # work() may raise anything
             failed(channel, method, properties, task, error, keep_alive)
         else:
             print(" [x] Done")
-            # Not before the work is done: until RabbitMQ has this, it keeps the task for another worker.
+            # Not before the work is done: until RabbitMQ has this ack, it keeps the task for another worker.
             channel.basic_ack(method.delivery_tag)
 
 
 def failed(channel, method, properties, task, error, keep_alive) -> None:
     """Give back a task whose work raised, for another try; or set it aside when it has had its tries."""
-    why = f"{type(error).__name__}: {error}"[:500] + f" ({where(error)})"  # it must fit into a header
+    text = traceback.format_exception_only(error)[-1].strip()
+    why = f"{text[:500]} ({where(error)})"  # not too long, as it must fit into a header
     tries = earlier_deliveries(properties) + 1
     if tries >= MAX_DELIVERIES:
-        set_aside(channel, method, properties, task, tries, why)
+        set_aside(channel, method, properties, task, tries, why, keep_alive)
         return
     warn(f"Failed {shown(task)}: {why}. It will be tried again.")
     with keep_alive:
@@ -81,8 +91,9 @@ def where(error: BaseException) -> str:
     while place.tb_next:
         place = place.tb_next
     path = place.tb_frame.f_code.co_filename
-    here = os.path.relpath(path)
-    return f"{path if here.startswith('..') else here}:{place.tb_lineno}"
+    with contextlib.suppress(OSError):  # the current folder may be gone
+        path = min(path, os.path.relpath(path), key=len)
+    return f"{path}:{place.tb_lineno}"
 
 
 def earlier_deliveries(properties) -> int:
@@ -91,12 +102,8 @@ def earlier_deliveries(properties) -> int:
     return count if isinstance(count, int) else 0
 
 
-def set_aside(channel, method, properties, task, tries: int, why: str) -> None:
+def set_aside(channel, method, properties, task, tries: int, why: str, keep_alive) -> None:
     """Move a task that can't be done to the queue of dead letters, where it harms nobody and is not lost."""
-    connection = channel.connection
-    aside = connection.channel()
-    aside.queue_declare(queue=DEAD_LETTERS, durable=True, arguments=arguments_for(DEAD_LETTERS, connection))
-    aside.confirm_delivery()
     # What RabbitMQ would act on once more, or not accept from us, must not be in the copy.
     kept = {k: v for k, v in (properties.headers or {}).items() if k not in ("x-delivery-count", "CC", "BCC")}
     properties.expiration = properties.user_id = None
@@ -106,11 +113,20 @@ def set_aside(channel, method, properties, task, tries: int, why: str) -> None:
         "x-set-aside-at": int(time.time()),
     }
     properties.delivery_mode = pika.DeliveryMode.Persistent.value
-    aside.basic_publish(exchange="", routing_key=DEAD_LETTERS, body=task, properties=properties, mandatory=True)
-    # Only now that RabbitMQ has confirmed the copy: a crash in between leaves two, never none.
-    channel.basic_ack(method.delivery_tag)
-    aside.close()
-    warn(f"Set aside {shown(task)} in {DEAD_LETTERS} after {tries} deliveries: {why}")
+    while not keep_alive.lost:
+        try:
+            with keep_alive:
+                publish_copy(DEAD_LETTERS, task, properties)
+        except (Refused, Unreachable, *LOST) as problem:
+            # Not given back: RabbitMQ would drop it after 20 deliveries.
+            warn(f"Can't set aside {shown(task)}: {describe(problem)} Keeping it, and trying again.")
+            with keep_alive:
+                time.sleep(PAUSE_BEFORE_SET_ASIDE)
+        else:
+            # Only now that RabbitMQ has confirmed the copy: a crash in between leaves two, never none.
+            channel.basic_ack(method.delivery_tag)
+            warn(f"Set aside {shown(task)} in {DEAD_LETTERS} after {tries} deliveries: {why}")
+            return
 
 
 def main() -> int:

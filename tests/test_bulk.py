@@ -123,3 +123,8 @@ def test_what_the_tasks_raise_passes_through(broker, amqp_url):
 
     with pytest.raises(LookupError, match="no more"):
         new_task.send(tasks())
+    with new_task.task_publisher() as publisher:
+        with pytest.raises(LookupError):
+            new_task.send(tasks(), publisher)
+        with pytest.raises(ValueError, match="closed"):  # or it could take those for its own
+            new_task.send([b"task"], publisher)

@@ -109,6 +109,76 @@ def test_a_task_that_kills_its_workers_is_set_aside_after_ten_of_them(broker, sh
     assert headers_of_dead_letter(broker)["x-set-aside-after-deliveries"] == 10
 
 
+def test_looking_at_dead_letters_often_does_no_harm(broker, shells, worker_with):
+    shells.send("bad")
+    failing = shells.start(worker_with("raise ValueError"))
+    failing.wait_for("Set aside")
+    failing.kill()
+    for _ in range(25):  # more often than RabbitMQ delivers a task before it drops it
+        listed = shells.start("tools/dead_letters.py", "list")
+        assert listed.ends() == 0
+        assert "'bad', set aside" in str(listed)
+    assert shells.start("tools/dead_letters.py", "requeue").ends() == 0
+    worker = shells.worker()
+    worker.wait_for("[x] Done")
+    assert worker.output("stderr") == []
+
+
+def test_a_task_that_cannot_be_set_aside_is_kept_until_it_can(broker, shells, worker_with):
+    with broker.connect() as connection:  # a queue of that name with other settings, for instance
+        connection.channel().queue_declare(DEAD_LETTERS, durable=True, arguments={"x-max-length": 5})
+    script = worker_with("if task == b'bad': raise ValueError")
+    source = Path(script).read_text()
+    Path(script).write_text(source.replace("worker.work =", "worker.PAUSE_BEFORE_SET_ASIDE = 0.5; worker.work ="))
+    worker = shells.start(script)
+    shells.send("bad")
+    worker.wait_for("Can't set aside 'bad'", times=5)
+    with broker.connect() as connection:
+        connection.channel().queue_delete(DEAD_LETTERS)
+    worker.wait_for("Set aside 'bad'")
+    assert headers_of_dead_letter(broker)["x-set-aside-after-deliveries"] == 10
+
+
+def test_an_alarm_does_not_hang_a_worker_that_sets_a_task_aside(mortal, mortal_shells, worker_with):
+    worker = mortal_shells.start(worker_with("if task == b'bad': raise ValueError"))
+    mortal_shells.send("bad")
+    worker.wait_for("Failed 'bad'", times=5)
+    mortal.node.ctl("set_vm_memory_high_watermark", "0.00001")
+    try:
+        worker.wait_for("Failed 'bad'", times=9)
+        worker.wait_for("Can't set aside 'bad'", within=60)
+        worker.ctrl_c()
+        assert worker.ends(within=3) == 0
+    finally:
+        mortal.node.ctl("set_vm_memory_high_watermark", "0.4")
+    mortal.wait_until(lambda: mortal.ready() == 1, "the task is back")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "import asyncio; raise asyncio.CancelledError",
+        "sys.exit(3)",
+        "raise type('Odd', (Exception,), {'__str__': lambda self: 1})",
+    ],
+)
+def test_whatever_work_raises_the_worker_goes_on(broker, shells, worker_with, body):
+    worker = shells.start(worker_with(f"if task == b'bad': {body}"))
+    shells.send("bad", "good")
+    worker.wait_for("Failed 'bad'")
+    worker.wait_for("[x] Done")
+    assert "Traceback" not in str(worker)
+
+
+def test_a_process_that_work_forks_can_be_terminated(broker, shells, worker_with):
+    child = "import multiprocessing as m; p = m.get_context('fork').Process(target=time.sleep, args=(60,)); p.start(); "
+    worker = shells.start(worker_with(child + "p.terminate(); p.join(); print(p.exitcode, flush=True)"), "--graceful")
+    shells.send("fork")
+    worker.wait_for("[x] Done", within=10)
+    assert "-15" in worker.output()
+    assert worker.output("stderr") == []
+
+
 def test_a_dead_letter_keeps_what_it_had_and_neither_expires_nor_multiplies(broker, shells, worker_with):
     with broker.connect() as connection:
         headers = {"x-request": "7", "CC": [QUEUE]}
@@ -159,7 +229,7 @@ def test_dead_letters_are_listed_and_sent_back(broker, shells, worker_with):
         listed = shells.start("tools/dead_letters.py", "list")
         assert listed.ends() == 0
         assert re.fullmatch(
-            r" \[x\] 'bad \\x1b\[31m', set aside [-0-9]+ [:0-9]+ after 10 deliveries: ValueError:  \(.*\)",
+            r" \[x\] 'bad \\x1b\[31m', set aside [-0-9]+ [:0-9]+ after 10 deliveries: ValueError \(.*\)",
             "".join(listed.output()),
         )
     requeued = shells.start("tools/dead_letters.py", "requeue")

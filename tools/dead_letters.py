@@ -27,6 +27,9 @@ from task_queue import (
     warn,
 )
 
+# How often a dead letter may be looked at before a copy takes its place; RabbitMQ's own limit is 20.
+MAX_DELIVERIES = 10
+
 
 def dead_letters(channel):
     """Yield (delivery tag, properties, task) for each dead letter that is there now, the oldest first."""
@@ -39,13 +42,31 @@ def dead_letters(channel):
 
 
 def show(channel) -> None:
-    """Print a line for each dead letter. They are not acknowledged: RabbitMQ keeps them."""
-    for _, properties, task in dead_letters(channel):
-        headers = properties.headers or {}
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(headers.get("x-set-aside-at", 0)))
-        deliveries = headers.get("x-set-aside-after-deliveries")
-        why = printable(str(headers.get("x-set-aside-because")))
-        print(f" [x] {shown(task)}, set aside {when} after {deliveries} deliveries: {why}")
+    """Print a line for each dead letter, and put all of them back."""
+    channel.confirm_delivery()
+    seen = []
+    try:
+        for letter in dead_letters(channel):
+            seen.append(letter)
+            _, properties, task = letter
+            headers = properties.headers or {}
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(headers.get("x-set-aside-at", 0)))
+            deliveries = headers.get("x-set-aside-after-deliveries")
+            why = printable(str(headers.get("x-set-aside-because")))
+            print(f" [x] {shown(task)}, set aside {when} after {deliveries} deliveries: {why}")
+    finally:
+        for letter in seen:
+            put_back(channel, *letter)
+
+
+def put_back(channel, delivery_tag, properties, task) -> None:
+    """Put a dead letter back into its queue, where RabbitMQ would drop it when that has been done 20 times."""
+    # A nack doesn't count on RabbitMQ 4.3. Where it does, a copy that takes the letter's place starts from zero.
+    if (properties.headers or {}).get("x-delivery-count", 0) < MAX_DELIVERIES:
+        channel.basic_nack(delivery_tag, requeue=True)
+    else:
+        send(channel, DEAD_LETTERS, properties, task)
+        channel.basic_ack(delivery_tag)
 
 
 def requeue(channel) -> None:
@@ -54,9 +75,15 @@ def requeue(channel) -> None:
     for delivery_tag, properties, task in dead_letters(channel):
         headers = properties.headers or {}
         properties.headers = {name: value for name, value in headers.items() if not name.startswith("x-set-aside-")}
-        channel.basic_publish(exchange="", routing_key=QUEUE, body=task, properties=properties, mandatory=True)
+        send(channel, QUEUE, properties, task)
         channel.basic_ack(delivery_tag)
         print(f" [x] Requeued {shown(task)}")
+
+
+def send(channel, queue: str, properties, task: bytes) -> None:
+    """Publish a task, and return when RabbitMQ has confirmed it."""
+    (properties.headers or {}).pop("x-delivery-count", None)  # it is of the queue that the task comes from
+    channel.basic_publish(exchange="", routing_key=queue, body=task, properties=properties, mandatory=True)
 
 
 def main() -> int:
