@@ -172,7 +172,8 @@ def test_whatever_work_raises_the_worker_goes_on(broker, shells, worker_with, bo
 
 def test_a_process_that_work_forks_can_be_terminated(broker, shells, worker_with):
     child = "import multiprocessing as m; p = m.get_context('fork').Process(target=time.sleep, args=(60,)); p.start(); "
-    worker = shells.start(worker_with(child + "p.terminate(); p.join(); print(p.exitcode, flush=True)"), "--graceful")
+    script = worker_with(child + "p.join(1); p.terminate(); p.join(); print(p.exitcode, flush=True)")
+    worker = shells.start(script, "--graceful")
     shells.send("fork")
     worker.wait_for("[x] Done", within=10)
     assert "-15" in worker.output()
