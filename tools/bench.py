@@ -317,7 +317,8 @@ def virtual_hosts() -> dict:
 
 def ratio(ours: list[float], theirs: list[float]) -> str:
     """Return the median of the rounds' ratios, and how far they spread."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    # What took less than the system's clock can tell, as it may in a quick run, has no ratio.
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True) if b] or [float("nan")]
     if len(ratios) == 1:
         return times(ratios[0])
     return f"**{times(statistics.median(ratios))}** ({times(min(ratios))} to {times(max(ratios))})"
