@@ -1,5 +1,6 @@
 """What the tests share: a real RabbitMQ that they started themselves, and scripts run as real processes."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,10 @@ from rabbitmq_node import Node  # noqa: E402
 from tcp_proxy import TcpProxy  # noqa: E402
 
 import task_queue  # noqa: E402
+
+# Where the tests run in the background of a script, these two are ignored, and what the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 LEFT_OUT = pytest.StashKey[int]()
 

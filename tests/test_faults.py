@@ -140,11 +140,10 @@ def test_a_task_that_cannot_be_set_aside_is_kept_until_it_can(broker, shells, wo
 
 
 def test_an_alarm_does_not_hang_a_worker_that_sets_a_task_aside(mortal, mortal_shells, worker_with):
-    worker = mortal_shells.start(worker_with("if task == b'bad': raise ValueError"))
     mortal_shells.send("bad")
-    worker.wait_for("Failed 'bad'", times=5)
     mortal.node.ctl("set_vm_memory_high_watermark", "0.00001")
     try:
+        worker = mortal_shells.start(worker_with("if task == b'bad': raise ValueError"))
         worker.wait_for("Failed 'bad'", times=9)
         worker.wait_for("Can't set aside 'bad'", within=60)
         worker.ctrl_c()

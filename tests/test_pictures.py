@@ -40,7 +40,8 @@ def shells_of(path) -> dict[str, list[str]]:
 
 
 def test_every_picture_is_tested():
-    assert sorted(path.name for path in DOCS.glob("*.svg")) == sorted(PICTURES)
+    drawn = {path.name for path in DOCS.glob("*.svg")} - {"scaling.svg"}  # which is the plot of `make bench`
+    assert drawn == set(PICTURES)
 
 
 @pytest.mark.parametrize("name", PICTURES)
