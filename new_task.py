@@ -52,7 +52,8 @@ def task_publisher(tell=lambda line: None) -> Publisher:
 def set_up(channel, arguments, on_confirm) -> None:
     """Make sure that the queue is there, and that RabbitMQ tells us of every task it has stored.
 
-    Neither call waits for RabbitMQ's answer: if it says no, it closes the channel, and nothing is sent.
+    Neither call waits for RabbitMQ's answer: if it says no, it closes the channel, and nothing is sent. It is send() in
+    publisher.py that waits until each task is confirmed.
     """
     channel.queue_declare(queue=QUEUE, durable=True, arguments=arguments)
     channel.confirm_delivery(on_confirm)
