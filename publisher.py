@@ -256,7 +256,9 @@ class Publisher:
 
     def _on_break(self, _connection_or_channel, error: Exception) -> None:
         """Pass on why a connection or channel ended, unless we closed it ourselves."""
-        if not isinstance(error, (ChannelClosedByClient, ConnectionClosedByClient)):
+        if isinstance(error, ChannelClosedByClient):
+            return  # the connection's end comes next: RabbitMQ logs a warning for one that goes without a word
+        if not isinstance(error, ConnectionClosedByClient):
             self._broken = self._broken or error
         self._loop.stop()
 

@@ -1,5 +1,6 @@
 """The tutorial's experiments, on a real RabbitMQ, with the scripts as real processes."""
 
+import re
 import signal
 import subprocess
 import time
@@ -242,6 +243,21 @@ def test_an_idle_worker_stops_with_one_line(broker, shells, stop, name):
     assert worker.ends() == 0
     assert worker.output() == [WAITING]
     assert worker.output("stderr") == [f" [!] Stopped by {name}."]
+
+
+def test_rabbitmq_logs_no_warning_about_a_task_that_is_sent(broker, shells):
+    """It does about a connection that just ends: who looks for faults there would find one for each task."""
+    log = broker.node.folder / "log" / f"{broker.node.name}.log"
+    seen_before = log.stat().st_size
+
+    def closings() -> list[str]:
+        """Return how grave RabbitMQ found the end of each of new_task.py's connections."""
+        logged = log.read_bytes()[seen_before:].decode()
+        return re.findall(r"\[(\w+)\] .*closing AMQP connection .*new_task\.py", logged)
+
+    shells.send("First message")
+    broker.wait_until(closings, "RabbitMQ logs that new_task.py is gone")
+    assert closings() == ["info"]
 
 
 def test_a_task_longer_than_the_heartbeat_is_done_once(broker, shells):
