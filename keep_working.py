@@ -14,7 +14,17 @@ import time
 import pika
 from pika.exceptions import AMQPError, ChannelClosedByBroker
 
-from task_queue import QUEUE, Refused, Unreachable, describe, first_that_answers, nodes, settled_arguments, warn
+from task_queue import (
+    QUEUE,
+    Refused,
+    Unreachable,
+    describe,
+    end_line_of_ctrl_c,
+    first_that_answers,
+    nodes,
+    settled_arguments,
+    warn,
+)
 
 # Seconds between two attempts to connect: doubled from the first to the last, each one shortened at random by up to
 # half, so that many workers don't come back in the same moment. The last keeps the wait for RabbitMQ's return short.
@@ -66,6 +76,8 @@ def keep_working(do_tasks, graceful: bool = False) -> None:
                 time.sleep(pause * random.uniform(0.5, 1))
             pause = min(2 * pause, LAST_PAUSE)
     except Stop as stop:
+        if signals.first == "Ctrl+C":
+            end_line_of_ctrl_c()
         warn(f"Stopped by {signals.first}.{''.join(stop.args)}")
 
 

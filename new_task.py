@@ -26,7 +26,7 @@ except KeyboardInterrupt:  # to import it takes a moment
     sys.exit(1)
 
 from publisher import NotConfirmed, Publisher
-from task_queue import QUEUE, shown, tidy_output, warn
+from task_queue import QUEUE, end_line_of_ctrl_c, shown, tidy_output, warn
 
 USAGE = "usage: python new_task.py [WORD ...], or python new_task.py -   (python new_task.py --help tells more)"
 
@@ -38,10 +38,10 @@ def send(tasks, publisher=None) -> int:
     NotConfirmed, with the reason and the number of leading tasks that are confirmed, if RabbitMQ can't be reached,
     refuses, or confirms nothing for a minute.
     """
-    if publisher:
-        return publisher.send(tasks)
-    with task_publisher() as publisher:
-        return publisher.send(tasks)
+    if publisher is None:
+        with task_publisher() as publisher:
+            return send(tasks, publisher)
+    return publisher.send(tasks)  # not before RabbitMQ has confirmed each one; publisher.py keeps count
 
 
 def task_publisher(tell=lambda line: None) -> Publisher:
@@ -52,8 +52,7 @@ def task_publisher(tell=lambda line: None) -> Publisher:
 def set_up(channel, arguments, on_confirm) -> None:
     """Make sure that the queue is there, and that RabbitMQ tells us of every task it has stored.
 
-    Neither call waits for RabbitMQ's answer: if it says no, it closes the channel, and nothing is sent. It is send() in
-    publisher.py that waits until each task is confirmed.
+    Neither call waits for RabbitMQ's answer: if it says no, it closes the channel, and nothing is sent.
     """
     channel.queue_declare(queue=QUEUE, durable=True, arguments=arguments)
     channel.confirm_delivery(on_confirm)
@@ -93,6 +92,7 @@ def send_lines() -> str:
             with progress(publisher, sys.stdin.fileno()):
                 sent = publisher.send_numbered(numbered_lines(sys.stdin.fileno(), publisher.check))
         except KeyboardInterrupt:
+            end_line_of_ctrl_c()
             publisher.close()
             raise NotConfirmed("interrupted.", publisher.leading_confirmed()) from None
         except OSError as error:  # from reading: those of the network never come this far
@@ -173,6 +173,7 @@ def main() -> int:
     except NotConfirmed as problem:
         warn(f"Not sent: {problem}" + how_to_go_on(problem.confirmed) * (words == ["-"]))
     except KeyboardInterrupt:
+        end_line_of_ctrl_c()
         warn("Not sent: interrupted.")
     return 1
 

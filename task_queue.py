@@ -160,6 +160,12 @@ def warn(message: str) -> None:
     print(f" [!] {printable(message)}", file=sys.stderr, flush=True)
 
 
+def end_line_of_ctrl_c() -> None:
+    """Let what comes next begin on a line of its own: a terminal shows ^C where Ctrl+C is pressed."""
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+
+
 def tidy_output() -> None:
     """Print line by line also into a pipe, and never fail: what can't be printed must not decide over tasks."""
     for name in ("stdout", "stderr"):
