@@ -58,7 +58,7 @@ def do_tasks(channel, keep_alive) -> None:
             continue
         print(f" [x] Received {shown(task)}" + (" (redelivered)" if method.redelivered else ""))
         try:
-            with keep_alive:
+            with keep_alive:  # RabbitMQ must hear from us meanwhile, or it takes us for dead
                 work(task)
         except Stop:
             raise

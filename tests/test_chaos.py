@@ -81,7 +81,7 @@ def test_no_task_is_lost_while_everything_breaks(chaos):
 
 def test_a_worker_that_acknowledges_before_the_work_is_found_to_lose_tasks(chaos, patched):
     ack = "            channel.basic_ack(method.delivery_tag)\n"
-    work = "            with keep_alive:\n                work(task)\n"
+    work = re.search(r" {12}with keep_alive:.*\n {16}work\(task\)\n", (ROOT / "worker.py").read_text())[0]
     scripts = patched(
         "worker.py",
         {
