@@ -238,7 +238,10 @@ def test_dead_letters_are_listed_and_sent_back(broker, shells, worker_with):
     worker = shells.worker()
     worker.wait_for("[x] Done")
     assert worker.output()[1] == r" [x] Received 'bad \x1b[31m'"
-    assert shells.start("tools/dead_letters.py", "list").ends() == 0
+    for command in ("list", "requeue"):
+        nothing = shells.start("tools/dead_letters.py", command)
+        assert nothing.ends() == 0
+        assert nothing.output() == [" [*] No dead letters"]
 
 
 # A connection that ends

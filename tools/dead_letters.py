@@ -33,7 +33,14 @@ MAX_DELIVERIES = 10
 
 def dead_letters(channel):
     """Yield (delivery tag, properties, task) for each dead letter that is there now, the oldest first."""
-    waiting = channel.queue_declare(queue=DEAD_LETTERS, passive=True).method.message_count
+    try:
+        waiting = channel.queue_declare(queue=DEAD_LETTERS, passive=True).method.message_count
+    except ChannelClosedByBroker as error:
+        if error.reply_code != 404:
+            raise
+        waiting = 0  # no task was ever set aside
+    if not waiting:
+        print(" [*] No dead letters")
     for _ in range(waiting):
         method, properties, task = channel.basic_get(DEAD_LETTERS)
         if method is None:  # somebody else took it
@@ -98,8 +105,6 @@ def main() -> int:
             commands[sys.argv[1]](connection.channel())
         return 0
     except ChannelClosedByBroker as error:
-        if error.reply_code == 404 and DEAD_LETTERS in error.reply_text:
-            return 0  # no task was ever set aside
         warn(f"RabbitMQ refuses: {describe(error)}")
     except AMQPError as error:
         warn(f"Lost RabbitMQ ({describe(error)}). No task is lost; try again.")
