@@ -30,7 +30,7 @@ def run_compose(project: str, files: list[Path], *arguments: str) -> str:
     # What the user has set must not reach the tests: variables are left out, and these win over a file .env.
     settings = {name: value for name, value in os.environ.items() if not name.startswith(("COMPOSE_", "RABBITMQ_"))}
     settings |= {"RABBITMQ_DEFAULT_USER": USER, "RABBITMQ_DEFAULT_PASS": PASSWORD, "RABBITMQ_ERLANG_COOKIE": "testers"}
-    settings |= {"AMQP_PORT": "0", "MANAGEMENT_PORT": "0"}  # 0: any port that is free
+    settings |= {"AMQP_PORT": "0", "MANAGEMENT_PORT": "0", "PROMETHEUS_PORT": "0"}  # 0: any port that is free
     options = [option for file in files for option in ("-f", str(file))]
     command = ["docker", "compose", "--project-name", project, "--project-directory", str(ROOT), *options, *arguments]
     done = subprocess.run(command, env=settings, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
@@ -97,7 +97,7 @@ def test_every_port_is_published_on_loopback_only(file: str) -> None:
 
 
 def test_the_running_rabbitmq_listens_on_loopback_only(compose: Compose) -> None:
-    for port in ("5672", "15672"):
+    for port in ("5672", "15672", "15692"):
         assert compose("port", "rabbitmq", port).startswith("127.0.0.1:")
 
 

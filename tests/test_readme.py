@@ -1,5 +1,7 @@
 """The README is run: each command in the shell it names, in order, and what it prints is compared with the page."""
 
+import functools
+import itertools
 import os
 import re
 import shutil
@@ -14,6 +16,8 @@ import rabbitmq
 from conftest import DEADLINE, ROOT
 from rabbitmq_node import Node, free_port
 
+import task_queue
+
 README = (ROOT / "README.md").read_text()
 
 # What make does for these targets, without looking for a .venv.
@@ -24,6 +28,9 @@ AS_TYPED = {
 
 # RabbitMQ updates what it tells of a queue every five seconds.
 FIGURES_DEADLINE = 15
+
+# The first command for Docker builds an image; a cluster takes half a minute.
+DOCKER_DEADLINE = 240
 
 
 def blocks() -> list[tuple[str, list[str]]]:
@@ -38,7 +45,7 @@ def blocks() -> list[tuple[str, list[str]]]:
 def comparable(line: str) -> str:
     """Return a line without what differs from run to run: times and ports."""
     line = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", line)
-    return re.sub(r"(localhost:|after )\d+( s$)?", r"\1N\2", line) if "RabbitMQ:" in line else line
+    return re.sub(r"(localhost:|after )\d+", r"\1N", line) if "RabbitMQ:" in line else line
 
 
 class Shell:
@@ -92,17 +99,17 @@ class Page:
         shell, skipping = self.shell(number), False
         while lines:
             line = lines.pop(0)
-            if line == "$ make queues":
-                self.await_figures(lines)
-            elif line in ("$ make rabbitmq", "$ make kill-rabbitmq"):
+            if line == "$ make queues" or line.startswith("$ curl"):
+                self.await_figures(line[2:], lines)
+            elif line in ("$ make rabbitmq", "$ make kill-rabbitmq", "$ make stop"):
                 self.make(line.split()[-1])
             elif line.startswith(("$ ", "> ")):
                 shell.type(AS_TYPED.get(line[2:], line[2:]))
             elif line == "^C":
                 shell.press("c")
-            elif line == "^\\":
+            elif line.startswith("^\\"):
                 shell.press("\\")
-                shell.must_show("Quit", skipping=True)
+                shell.must_show(line[2:], skipping=True)
             elif line == "...":
                 skipping = True
                 continue
@@ -116,20 +123,25 @@ class Page:
     def make(self, target: str) -> None:
         """Do what the target does, with a RabbitMQ that is the test's own."""
         self._capsys.readouterr()
-        {"rabbitmq": rabbitmq.find, "kill-rabbitmq": rabbitmq.kill}[target]()
+        {"rabbitmq": rabbitmq.find, "kill-rabbitmq": rabbitmq.kill, "stop": rabbitmq.stop}[target]()
         self._printed = self._capsys.readouterr().out.splitlines()
 
-    def await_figures(self, lines: list[str]) -> None:
-        """`make queues` until it shows what the page shows."""
-        expected = [lines.pop(0) for _ in range(2)]
+    def await_figures(self, command: str, lines: list[str]) -> None:
+        """Ask RabbitMQ for figures until they are those of the page."""
+        expected = list(itertools.takewhile(lambda line: not line.startswith("$ "), lines))
+        del lines[: len(expected)]
         deadline = time.monotonic() + FIGURES_DEADLINE
-        while True:
+        while (shown := self.figures(command)) != expected:
+            assert time.monotonic() < deadline, "\n".join(shown)
+
+    def figures(self, command: str) -> list[str]:
+        """Return what one of the two commands shows that ask RabbitMQ for figures."""
+        if command == "make queues":
             self._capsys.readouterr()
             rabbitmq.queues()
-            shown = self._capsys.readouterr().out.splitlines()
-            if shown == expected:
-                return
-            assert time.monotonic() < deadline, "\n".join(shown)
+            return self._capsys.readouterr().out.splitlines()
+        typed = command.replace("15692", str(rabbitmq.WATCH_PORTS["prometheus"]))
+        return subprocess.run(["bash", "-c", typed], capture_output=True, text=True).stdout.splitlines()
 
     def close(self) -> None:
         for shell in self._shells.values():
@@ -147,6 +159,7 @@ def page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rabbitmq, "FOLDER", tmp_path / ".rabbitmq")
     monkeypatch.setattr(rabbitmq.Container, "record", tmp_path / ".rabbitmq" / "container.json")
     monkeypatch.setattr(rabbitmq, "PORT", free_port())
+    monkeypatch.setattr(rabbitmq, "WATCH_PORTS", {what: free_port() for what in rabbitmq.WATCH_PORTS})
     rabbitmq.find()
     environment = {
         **os.environ,
@@ -159,14 +172,132 @@ def page(tmp_path, monkeypatch, capsys):
     page = Page(tmp_path, environment, capsys)
     yield page
     page.close()
-    node = Node.load(rabbitmq.FOLDER)
-    node.close()
+    rabbitmq.stop()
 
 
 @pytest.mark.timeout(400)
 def test_every_command_does_what_the_page_shows(page):
     for number, lines in blocks():
         page.play(number, list(lines))
+
+
+def test_a_terminal_shows_ctrl_c_on_a_line_of_its_own(broker):
+    """The page shows it so, and its shells echo nothing: so here is one that does."""
+    environment = {**os.environ, "AMQP_URL": broker.url}
+    worker = pexpect.spawn(sys.executable, ["worker.py"], cwd=ROOT, env=environment, encoding="utf-8")
+    worker.expect_exact("To exit press CTRL+C\r\n", timeout=DEADLINE)
+    worker.sendcontrol("c")
+    worker.expect_exact("^C\r\n [!] Stopped by Ctrl+C.\r\n", timeout=DEADLINE)
+    worker.close()
+
+    sender = pexpect.spawn(sys.executable, ["new_task.py", "-"], cwd=ROOT, env=environment, encoding="utf-8")
+    sender.expect_exact("0 sent", timeout=DEADLINE)  # it waits for lines
+    sender.sendcontrol("c")
+    sender.expect(r"\^C[^!]*\r\n \[!\] Not sent: interrupted", timeout=DEADLINE)
+    sender.close()
+
+
+def test_queues_are_listed_in_columns(broker, monkeypatch, capsys):
+    with broker.connect() as connection:
+        connection.channel().queue_declare(task_queue.DEAD_LETTERS, durable=True, arguments=task_queue.QUORUM)
+    monkeypatch.setattr(rabbitmq, "started", lambda: [broker.node])
+    rabbitmq.queues()
+    heading, *rows = capsys.readouterr().out.splitlines()
+    assert {row.split()[0] for row in rows} >= {task_queue.QUEUE, task_queue.DEAD_LETTERS}
+    for column in heading.split()[1:]:
+        start = heading.index(column)
+        assert all(row[start - 1].isspace() and row[start].isdigit() for row in rows)
+
+
+# The ports of the nodes of the cluster, and of their management UI: they are fixed, and may be taken here.
+CLUSTER_PORT = re.compile(r"\b1?567[345]\b")
+
+
+class DockerPage:
+    """Two shells in a copy of the project, with Compose projects of their own, on other ports than the page's."""
+
+    files = ("docker-compose.yml", "docker-compose.cluster.yml")
+
+    def __init__(self, folder: Path):
+        self._ports = {}
+        for path in [ROOT / "Dockerfile", ROOT / ".dockerignore", ROOT / "requirements.txt", *ROOT.glob("*.py")]:
+            shutil.copy(path, folder)
+        for name in self.files:
+            (folder / name).write_text(self.on_other_ports((ROOT / name).read_text()))
+        settings = {k: v for k, v in os.environ.items() if not k.startswith(("COMPOSE_", "RABBITMQ_", "AMQP_"))}
+        settings |= {"AMQP_PORT": "0", "MANAGEMENT_PORT": "0", "PROMETHEUS_PORT": "0"}  # 0: any that is free
+        settings |= {"COMPOSE_PROJECT_NAME": f"task-queue-test-{os.getpid()}-readme", "PS1": "", "TERM": "dumb"}
+        settings["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self._run = functools.partial(subprocess.run, cwd=folder, env=settings, stdin=subprocess.DEVNULL, check=True)
+        self.shells = Shell(folder, settings), Shell(folder, settings)
+
+    def on_other_ports(self, text: str) -> str:
+        return CLUSTER_PORT.sub(lambda match: str(self._ports.setdefault(match[0], free_port())), text)
+
+    def type(self, shell: Shell, line: str, *shown: str) -> None:
+        """Type a line, and wait until all that is shown, in that order."""
+        shell.type(self.on_other_ports(line))
+        for text in shown:
+            shell.bash.expect_exact(text, timeout=DOCKER_DEADLINE)
+
+    def members(self) -> int:
+        """Return how many nodes have a copy of the queue."""
+        listed = self._ask("exec", "-T", "rabbit1", "rabbitmqctl", "-q", "list_queues", "name", "members")
+        (line,) = [line for line in listed.splitlines() if line.startswith("task_queue\t")]
+        return line.count("rabbit@")
+
+    def containers(self) -> list[str]:
+        """Return what still runs of the cluster."""
+        return self._ask("ps", "--quiet").split()
+
+    def _ask(self, *arguments: str) -> str:
+        command = ["docker", "compose", "-f", "docker-compose.cluster.yml", *arguments]
+        return self._run(command, capture_output=True, text=True).stdout
+
+    def close(self) -> None:
+        for shell in self.shells:
+            shell.bash.close(force=True)
+        for file in self.files:
+            down = ["docker", "compose", "-f", file, "--profile", "*", "down"]
+            self._run([*down, "--volumes", "--remove-orphans", "--rmi", "local", "--timeout", "0"], capture_output=True)
+
+
+@pytest.fixture
+def docker_page(tmp_path):
+    page = DockerPage(tmp_path)
+    yield page
+    page.close()
+
+
+@pytest.mark.docker
+@pytest.mark.xdist_group("test_compose.py")
+@pytest.mark.timeout(600)
+def test_every_command_for_docker_does_what_the_page_says(docker_page):
+    type, (one, two) = docker_page.type, docker_page.shells
+    (up,), (send,), (cluster, worker), (status, *grow), downs = [
+        block.splitlines() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    ]
+    type(one, up, *3 * [" [*] Waiting for messages."])
+    type(two, send, " [x] Sent 'First message.'")
+    one.bash.expect_exact(" [x] Received 'First message.'", timeout=DOCKER_DEADLINE)
+    one.bash.expect_exact(" [x] Done", timeout=DOCKER_DEADLINE)
+    one.press("c")
+    type(one, "echo stopped: $?", "stopped: ")
+
+    type(one, f"{cluster} && echo up: $?", "up: 0")
+    type(one, worker, " [*] Waiting for messages.")  # by now the queue is declared, with its three members
+    in_cluster = status.partition("rabbitmq-queues")[0]
+    for node in ("rabbit@rabbit2", "rabbit@rabbit3"):
+        type(two, f"{in_cluster} rabbitmq-queues shrink {node}; echo shrunk: $?", "shrunk: 0")
+    assert docker_page.members() == 1
+    for line in (status, *grow):
+        type(two, f"{line}; echo done: $?", "done: 0")
+    assert docker_page.members() == 3
+    one.press("c")
+    one.bash.expect_exact(" [!] Stopped by Ctrl+C.", timeout=DOCKER_DEADLINE)
+    for line in downs:
+        type(two, f"{line}; echo done: $?", "done: 0")
+    assert docker_page.containers() == []
 
 
 def as_anchor(heading: str) -> str:

@@ -138,7 +138,7 @@ class Demo:
     def kill_9(self, number: int) -> None:
         """Kill the worker of a shell from shell 3."""
         process = self.shells[number].process
-        show(3, f"$ kill -9 {process.pid}", "bold")
+        show(3, f"$ kill -9 {process.pid}    # the worker in shell {number}", "bold")
         process.kill()
         self._until_ended(number)
         show(number, "Killed")
@@ -375,11 +375,14 @@ def tally(demo: Demo, taken: int | None) -> int:
 
 def how_to_go_on(server: Node | rabbitmq.Container | None) -> None:
     """Say how to go on by hand."""
-    print("\nRabbitMQ stays up. Go on by hand, in as many shells as you like:")
+    print("\nRabbitMQ stays up. Go on by hand, in as many shells as you like; README.md leads the way:")
     if server and server.port != rabbitmq.PORT:
         print(f"    export AMQP_URL={os.environ['AMQP_URL']}")
-    print(f"    {python()} worker.py")
-    print(f'    {python()} new_task.py "A task of three seconds..."')
+    activate = Path(python()).with_name("activate")
+    if (ROOT / activate).exists():
+        print(f"    source {activate}")
+    print("    python worker.py")
+    print("    python new_task.py A task of three seconds...")
     print("make stop stops it." if server else "make stop leaves it alone: the demo did not start it.")
 
 

@@ -33,6 +33,12 @@ PORT = 5672
 # killed container may take to answer again.
 DOCKER_TIMEOUT, RESTART_TIMEOUT = 40, 60
 
+# For watching it: the management UI, and the metrics for Prometheus, on the ports that they have everywhere.
+WATCH_PORTS = {"management": 15672, "prometheus": 15692}
+
+# RabbitMQ tells how many tasks a queue holds as of five seconds ago. Who follows the tutorial wants to see what is.
+FRESH_FIGURES = "[{rabbit, [{quorum_tick_interval, 1000}]}]."
+
 OPTIONS = (
     "No RabbitMQ, and no way to start one here. Do one of these and try again: set AMQP_URL to a RabbitMQ that runs; "
     "start Docker; install RabbitMQ (Debian, Ubuntu: sudo apt-get install rabbitmq-server; macOS: brew install "
@@ -180,7 +186,10 @@ def start_node() -> int | None:
     if find_programs() is None:
         return None
     node = Node.load(FOLDER) or Node(FOLDER)
-    node.port = PORT if _is_free(PORT) else free_port()
+    node.port = _usual_or_free(PORT)
+    ports = {what: _usual_or_free(usual) for what, usual in WATCH_PORTS.items()}
+    node.config = "".join(f"{what}.tcp.ip = 127.0.0.1\n{what}.tcp.port = {port}\n" for what, port in ports.items())
+    node.plugins, node.advanced = [f"rabbitmq_{what}" for what in ports], FRESH_FIGURES
     say(f"starting a private node, with its data in {FOLDER.name}/")
     began = time.monotonic()
     try:
@@ -188,13 +197,18 @@ def start_node() -> int | None:
     except NodeError as error:
         why = str(error).splitlines()[0]
         raise NodeError(f"{why}; if it can't read the data of another version, make clean deletes them") from None
-    say(f"ready on localhost:{node.port} after {time.monotonic() - began:.0f} s")
+    ready = f"ready on localhost:{node.port} after {time.monotonic() - began:.0f} s"
+    say(f"{ready}, with its management UI on http://localhost:{ports['management']}")
     return node.port
 
 
 def start_installed() -> int | None:
     """Install RabbitMQ where apt may be used. Its service runs then, or does not, as for instance in a container."""
     return (answering() or start_node()) if apt.install("rabbitmq-server") else None
+
+
+def _usual_or_free(port: int) -> int:
+    return port if _is_free(port) else free_port()
 
 
 def _is_free(port: int) -> bool:
@@ -219,7 +233,7 @@ def started() -> list[Node | Container]:
 def stop() -> None:
     """Stop the node or the container that was started here; both keep their data."""
     if not started():
-        say("nothing to stop: none that was started here is running")
+        say("nothing to stop, as none was started here")
     for server in started():
         say(f"stopping the {type(server).__name__.lower()} on localhost:{server.port}")
     for server in _recorded():
@@ -235,17 +249,18 @@ def kill() -> None:
 
 def queues() -> None:
     """Show the queues of the RabbitMQ that was started here."""
-    columns = ("name", "messages_ready", "messages_unacknowledged", "consumers")
     for server in _ours():
-        for line in server.ctl("list_queues", *columns).splitlines():
-            # Under their headings: rabbitmqctl puts a tab between them, and leaves it at that.
-            cells = zip(line.split("\t"), columns, strict=True)
-            print("  ".join(cell.ljust(max(len(column), 10)) for cell, column in cells).rstrip())
+        listed = server.ctl("list_queues", "name", "messages_ready", "messages_unacknowledged", "consumers")
+        rows = [line.split("\t") for line in listed.splitlines()]
+        # Under their headings: rabbitmqctl puts a tab between them, and leaves it at that.
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
 def _ours() -> list[Node | Container]:
     if not started():
-        raise NodeError("none that was started here is running: use your own RabbitMQ's commands, or make rabbitmq")
+        raise NodeError("no RabbitMQ that was started here is running: use your own one's commands, or make rabbitmq")
     return started()
 
 
