@@ -308,7 +308,7 @@ def killed_rabbitmq(demo: Demo, server: Node | rabbitmq.Container | None) -> Non
 def restart(server: Node | rabbitmq.Container) -> None:
     """Kill RabbitMQ and start it again, with the commands that do the same by hand."""
     is_node = isinstance(server, Node)
-    show(3, f"$ kill -9 {server.pid}" if is_node else f"$ docker kill {server.identity[:12]}", "bold")
+    show(3, f"$ kill -9 {server.pid}    # RabbitMQ" if is_node else f"$ docker kill {server.identity[:12]}", "bold")
     server.kill()
     if server.running:
         raise Failed("RabbitMQ runs on after it was killed")
