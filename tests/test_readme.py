@@ -226,7 +226,8 @@ class DockerPage:
             (folder / name).write_text(self.on_other_ports((ROOT / name).read_text()))
         settings = {k: v for k, v in os.environ.items() if not k.startswith(("COMPOSE_", "RABBITMQ_", "AMQP_"))}
         settings |= {"AMQP_PORT": "0", "MANAGEMENT_PORT": "0", "PROMETHEUS_PORT": "0"}  # 0: any that is free
-        settings |= {"COMPOSE_PROJECT_NAME": f"task-queue-test-{os.getpid()}-readme", "PS1": "", "TERM": "dumb"}
+        self._project = f"task-queue-test-{os.getpid()}-readme"
+        settings |= {"COMPOSE_PROJECT_NAME": self._project, "PS1": "", "TERM": "dumb"}
         settings["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self._run = functools.partial(subprocess.run, cwd=folder, env=settings, stdin=subprocess.DEVNULL, check=True)
         self.shells = Shell(folder, settings), Shell(folder, settings)
@@ -234,7 +235,7 @@ class DockerPage:
     def on_other_ports(self, text: str) -> str:
         return CLUSTER_PORT.sub(lambda match: str(self._ports.setdefault(match[0], free_port())), text)
 
-    def type(self, shell: Shell, line: str, *shown: str) -> None:
+    def enter(self, shell: Shell, line: str, *shown: str) -> None:
         """Type a line, and wait until all that is shown, in that order."""
         shell.type(self.on_other_ports(line))
         for text in shown:
@@ -247,8 +248,9 @@ class DockerPage:
         return line.count("rabbit@")
 
     def containers(self) -> list[str]:
-        """Return what still runs of the cluster."""
-        return self._ask("ps", "--quiet").split()
+        """Return the containers that are left, whether they run or not."""
+        command = ["docker", "ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={self._project}"]
+        return self._run(command, capture_output=True, text=True).stdout.split()
 
     def _ask(self, *arguments: str) -> str:
         command = ["docker", "compose", "-f", "docker-compose.cluster.yml", *arguments]
@@ -273,30 +275,31 @@ def docker_page(tmp_path):
 @pytest.mark.xdist_group("test_compose.py")
 @pytest.mark.timeout(600)
 def test_every_command_for_docker_does_what_the_page_says(docker_page):
-    type, (one, two) = docker_page.type, docker_page.shells
+    enter, (one, two) = docker_page.enter, docker_page.shells
     (up,), (send,), (cluster, worker), (status, *grow), downs = [
         block.splitlines() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     ]
-    type(one, up, *3 * [" [*] Waiting for messages."])
-    type(two, send, " [x] Sent 'First message.'")
+    enter(one, up, *3 * [" [*] Waiting for messages."])
+    enter(two, send, " [x] Sent 'First message.'")
     one.bash.expect_exact(" [x] Received 'First message.'", timeout=DOCKER_DEADLINE)
     one.bash.expect_exact(" [x] Done", timeout=DOCKER_DEADLINE)
     one.press("c")
-    type(one, "echo stopped: $?", "stopped: ")
+    enter(one, "echo stopped: $?", "stopped: ")
 
-    type(one, f"{cluster} && echo up: $?", "up: 0")
-    type(one, worker, " [*] Waiting for messages.")  # by now the queue is declared, with its three members
+    enter(one, f"{cluster} && echo up: $?", "up: 0")
+    enter(one, worker, " [*] Waiting for messages.")  # by now the queue is declared, with its three members
     in_cluster = status.partition("rabbitmq-queues")[0]
     for node in ("rabbit@rabbit2", "rabbit@rabbit3"):
-        type(two, f"{in_cluster} rabbitmq-queues shrink {node}; echo shrunk: $?", "shrunk: 0")
+        enter(two, f"{in_cluster} rabbitmq-queues shrink {node}; echo shrunk: $?", "shrunk: 0")
     assert docker_page.members() == 1
+    assert docker_page.containers()
     for line in (status, *grow):
-        type(two, f"{line}; echo done: $?", "done: 0")
+        enter(two, f"{line}; echo done: $?", "done: 0")
     assert docker_page.members() == 3
     one.press("c")
     one.bash.expect_exact(" [!] Stopped by Ctrl+C.", timeout=DOCKER_DEADLINE)
     for line in downs:
-        type(two, f"{line}; echo done: $?", "done: 0")
+        enter(two, f"{line}; echo done: $?", "done: 0")
     assert docker_page.containers() == []
 
 
@@ -312,10 +315,7 @@ def test_every_link_leads_somewhere():
             continue
         assert (ROOT / path).exists(), path
         if anchor:
-            headings = [
-                re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", README, re.M)
-            ]
-            assert anchor in headings
+            assert anchor in map(as_anchor, re.findall(r"^#+ (.+)$", README, re.MULTILINE))
 
 
 def test_the_page_and_the_help_know_the_same_commands():
