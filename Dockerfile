@@ -7,6 +7,7 @@ COPY requirements.txt ./
 RUN pip install --no-cache-dir --root-user-action=ignore -r requirements.txt
 
 COPY *.py ./
+COPY task_queue task_queue
 
 # Not as root. A number, not a name, lets Kubernetes check that (runAsNonRoot).
 USER 65534:65534

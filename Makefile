@@ -35,10 +35,10 @@ lint: .venv/dev ## check style and formatting
 	@.venv/bin/python -m ruff format --quiet --check .
 
 dead-letters: .venv/run ## list the tasks that failed too often
-	@.venv/bin/python tools/dead_letters.py list
+	@.venv/bin/python -m task_queue.dead_letters list
 
 requeue-dead-letters: .venv/run ## send the tasks that failed too often again
-	@.venv/bin/python tools/dead_letters.py requeue
+	@.venv/bin/python -m task_queue.dead_letters requeue
 
 rabbitmq: .venv/run ## start a RabbitMQ to play with, in the ways that demo does
 	@.venv/bin/python tools/rabbitmq.py start
@@ -53,7 +53,7 @@ stop: ## stop the RabbitMQ that demo started, and nothing else
 	@$(PYTHON) tools/rabbitmq.py stop
 
 clean: stop ## stop, and delete what was set up here: .venv, .rabbitmq with its data, caches
-	@rm -rf .venv .rabbitmq .pytest_cache .ruff_cache __pycache__ tests/__pycache__ tools/__pycache__
+	@rm -rf .venv .rabbitmq .pytest_cache .ruff_cache __pycache__ */__pycache__
 
 # What is installed in .venv, as files that are as old as the installation.
 

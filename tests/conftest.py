@@ -17,6 +17,7 @@ from rabbitmq_node import Node  # noqa: E402
 from tcp_proxy import TcpProxy  # noqa: E402
 
 import task_queue  # noqa: E402
+from task_queue import declaration  # noqa: E402
 
 # Where the tests run in the background of a script, these two are ignored, and what the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -140,13 +141,9 @@ class Broker:
             channel = connection.channel()
             channel.queue_delete(task_queue.DEAD_LETTERS)
 
-            def settled() -> dict:
-                # A test may kill RabbitMQ right away: the queue must be old enough for that.
-                return task_queue.settled_arguments(lambda **queue: connection.channel().queue_declare(**queue).method)
-
-            if settled() != task_queue.QUORUM:  # a test left a classic one
-                channel.queue_delete(task_queue.QUEUE)
-                settled()
+            # A test may kill RabbitMQ right away: the queue must be old enough for that.
+            while not declaration.declare(connection, task_queue.QUEUE)[1]:
+                channel.queue_delete(task_queue.QUEUE)  # a test left a classic one
 
             def is_idle() -> bool:
                 return channel.queue_declare(task_queue.QUEUE, passive=True).method.consumer_count == 0

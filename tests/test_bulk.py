@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 
+import pika
 import pytest
 from conftest import ROOT
 
 import new_task
-from publisher import NotConfirmed
+from task_queue import QUEUE, QUORUM
+from task_queue.publisher import Channel, NotConfirmed
 
 
 @pytest.fixture
@@ -41,11 +43,17 @@ def test_a_slow_pipe_sends_each_line_at_once_and_keeps_its_connection(broker, sh
 
 def test_progress_is_shown_on_a_terminal_only(broker, shells, tmp_path):
     (tmp_path / "tasks.txt").write_bytes(b"task\n" * 30_000)
+    script = tmp_path / "eager.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import new_task\nfrom task_queue import console\nconsole.PROGRESS_SECONDS = 0.1\nsys.exit(new_task.main())\n"
+    )
     terminal, end = pty.openpty()
     with (tmp_path / "tasks.txt").open() as tasks:
-        command = [sys.executable, "new_task.py", "-"]
         environment = {**os.environ, "AMQP_URL": broker.url}
-        producer = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=tasks, stdout=subprocess.PIPE, stderr=end)
+        producer = subprocess.Popen(
+            [sys.executable, str(script), "-"], env=environment, stdin=tasks, stdout=subprocess.PIPE, stderr=end
+        )
         assert producer.communicate(timeout=60)[0] == b" [x] Sent 30000 tasks\n"
     os.close(end)
     shown = os.read(terminal, 100_000).decode()
@@ -54,7 +62,8 @@ def test_progress_is_shown_on_a_terminal_only(broker, shells, tmp_path):
     assert "/s, " in shown
     assert " s left" in shown
     assert shown.endswith("\x1b[K")  # and it is gone in the end
-    quiet = shells.new_task("-", stdin=(tmp_path / "tasks.txt").open(), within=60)
+    quiet = shells.start(str(script), "-", stdin=(tmp_path / "tasks.txt").open())
+    assert quiet.ends(60) == 0
     assert quiet.output("stderr") == []
 
 
@@ -80,22 +89,41 @@ def test_a_program_sends_tasks_and_returns_when_they_are_confirmed(broker, amqp_
     assert tasks_in(broker, 100) == [b"task %d" % number for number in range(100)]
 
 
-def test_a_program_can_keep_its_connection(broker, proxy, monkeypatch):
+@pytest.fixture
+def channel(broker, proxy, monkeypatch):
+    """The channel of new_task.py, kept by a program, with the proxy before RabbitMQ."""
     monkeypatch.setenv("AMQP_URL", proxy.url)
-    with new_task.task_publisher() as publisher:
-        for number in range(3):
-            assert new_task.send([b"task"], publisher) == 1
-            assert broker.ready() == number + 1
-        assert proxy.accepted == 1
+    with Channel("kept") as channel:
+        channel.queue_declare(queue=QUEUE, durable=True, arguments=QUORUM)
+        channel.confirm_delivery()
+        yield channel
 
 
-def test_a_kept_connection_that_was_lost_is_made_anew(broker, proxy, monkeypatch):
-    monkeypatch.setenv("AMQP_URL", proxy.url)
-    with new_task.task_publisher() as publisher:
-        new_task.send([b"before"], publisher)
-        assert proxy.cut() == 1
-        assert new_task.send([b"after"], publisher) == 1
-        assert proxy.accepted == 2
+def publish(channel, task: bytes, properties=None) -> None:
+    channel.basic_publish(exchange="", routing_key=QUEUE, body=task, properties=properties, mandatory=True)
+    channel.wait_for_confirms()
+
+
+def test_a_program_can_keep_its_connection(broker, proxy, channel):
+    for number in range(3):
+        publish(channel, b"task")
+        assert broker.ready() == number + 1
+    assert proxy.accepted == 1
+
+
+def test_a_kept_connection_that_was_lost_is_made_anew(broker, proxy, channel):
+    publish(channel, b"before")
+    assert proxy.cut() == 1
+    publish(channel, b"after")
+    assert proxy.accepted == 2
+    assert tasks_in(broker, 2) == [b"before", b"after"]
+
+
+def test_what_pika_cannot_encode_harms_no_other_task(broker, channel):
+    publish(channel, b"before")
+    with pytest.raises(pika.exceptions.UnsupportedAMQPFieldException):
+        publish(channel, b"bad", pika.BasicProperties(headers={"odd": object()}))
+    publish(channel, b"after")
     assert tasks_in(broker, 2) == [b"before", b"after"]
 
 
@@ -123,8 +151,3 @@ def test_what_the_tasks_raise_passes_through(broker, amqp_url):
 
     with pytest.raises(LookupError, match="no more"):
         new_task.send(tasks())
-    with new_task.task_publisher() as publisher:
-        with pytest.raises(LookupError):
-            new_task.send(tasks(), publisher)
-        with pytest.raises(ValueError, match="closed"):  # or it could take those for its own
-            new_task.send([b"task"], publisher)

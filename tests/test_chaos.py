@@ -57,6 +57,7 @@ def patched(tmp_path):
     def patch(name: str, replacements: dict):
         scripts = tmp_path / "scripts"
         scripts.mkdir()
+        shutil.copytree(ROOT / "task_queue", scripts / "task_queue")
         for script in ROOT.glob("*.py"):
             shutil.copy(script, scripts)
         text = (scripts / name).read_text()
@@ -81,14 +82,8 @@ def test_no_task_is_lost_while_everything_breaks(chaos):
 
 def test_a_worker_that_acknowledges_before_the_work_is_found_to_lose_tasks(chaos, patched):
     ack = "            channel.basic_ack(method.delivery_tag)\n"
-    work = re.search(r" {12}with keep_alive:.*\n {16}work\(task\)\n", (ROOT / "worker.py").read_text())[0]
-    scripts = patched(
-        "worker.py",
-        {
-            f"{ack}\n\ndef failed": "\n\ndef failed",
-            work: ack + work,
-        },
-    )
+    work = "                work(task)\n"
+    scripts = patched("worker.py", {ack: "", work: f"    {ack}{work}"})
     kills = ("--kinds", "worker-killed", "--faults", 5, "--tasks", 100, "--seed", 1, "--workers", 3)
     assert chaos.run(*kills, "--scripts", scripts) == 1
     assert chaos.faults()["worker-killed"] == 5
@@ -96,16 +91,9 @@ def test_a_worker_that_acknowledges_before_the_work_is_found_to_lose_tasks(chaos
 
 
 def test_a_producer_that_does_not_wait_for_confirms_is_found_to_lose_tasks(chaos, patched):
-    publish = "            self._publish(self._channel, task.body, task.message_id)\n"
-    scripts = patched(
-        "publisher.py",
-        {
-            publish: publish
-            + "            del self._unconfirmed[self._tag]\n"
-            + "            self.confirmed += 1\n"
-            + "            self._bytes_out += len(task.body)\n"
-        },
-    )
+    publish = "            self._channel._impl.basic_publish(*message.arguments)\n"
+    forget = "            self._size -= self._messages.pop(self._tag).size\n"
+    scripts = patched("task_queue/publisher.py", {publish: publish + forget})
     kills = ("--kinds", "rabbitmq-killed", "--faults", 1, "--tasks", 800, "--seed", 1, "--workers", 3)
     assert chaos.run(*kills, "--scripts", scripts) == 1
     assert chaos.faults()["rabbitmq-killed"] == 1

@@ -24,7 +24,8 @@ HEARTBEAT_SECONDS = 2
 IMPATIENT = """
 import sys
 sys.path.insert(0, {root!r})
-import new_task, publisher
+import new_task
+from task_queue import publisher
 publisher.GIVE_UP_SECONDS = int(sys.argv.pop(1))
 sys.exit(new_task.main())
 """

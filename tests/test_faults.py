@@ -11,20 +11,20 @@ import pika
 import pytest
 from conftest import ROOT, Broker, Node, Shells
 
-import task_queue
-from task_queue import DEAD_LETTERS, QUEUE
+from task_queue import DEAD_LETTERS, QUEUE, address
 
 # A worker whose work is another, as its users would replace it.
 OWN_WORK = """
     import sys, os, time
     sys.path.insert(0, {root!r})
     import worker
+    from task_queue import consumer, dead_letters
 
     def work(task):
         {body}
 
     worker.work = work
-    worker.PAUSE_AFTER_FAILURE = 0.1
+    dead_letters.PAUSE_AFTER_FAILURE = 0.1
     sys.exit(worker.main())
 """
 
@@ -86,7 +86,7 @@ def test_a_task_that_raises_is_tried_ten_times_and_set_aside(broker, shells, wor
     assert " [x] Done" not in worker.output()
     failures = [line for line in worker.output("stderr") if "Failed 'bad'" in line]
     assert len(failures) == 9
-    assert re.search(r" \[!\] Failed 'bad': ValueError: no such\\nfile \(.*own_worker.py:7\)", failures[0])
+    assert re.search(r" \[!\] Failed 'bad': ValueError: no such\\nfile \(.*own_worker.py:8\)", failures[0])
     headers = headers_of_dead_letter(broker)
     assert headers["x-set-aside-because"].startswith("ValueError: no such\\nfile")
     assert headers["x-set-aside-after-deliveries"] == 10
@@ -115,10 +115,10 @@ def test_looking_at_dead_letters_often_does_no_harm(broker, shells, worker_with)
     failing.wait_for("Set aside")
     failing.kill()
     for _ in range(25):  # more often than RabbitMQ delivers a task before it drops it
-        listed = shells.start("tools/dead_letters.py", "list")
+        listed = shells.start("-m", "task_queue.dead_letters", "list")
         assert listed.ends() == 0
         assert "'bad', set aside" in str(listed)
-    assert shells.start("tools/dead_letters.py", "requeue").ends() == 0
+    assert shells.start("-m", "task_queue.dead_letters", "requeue").ends() == 0
     worker = shells.worker()
     worker.wait_for("[x] Done")
     assert worker.output("stderr") == []
@@ -129,10 +129,10 @@ def test_a_task_that_cannot_be_set_aside_is_kept_until_it_can(broker, shells, wo
         connection.channel().queue_declare(DEAD_LETTERS, durable=True, arguments={"x-max-length": 5})
     script = worker_with("if task == b'bad': raise ValueError")
     source = Path(script).read_text()
-    Path(script).write_text(source.replace("worker.work =", "worker.PAUSE_BEFORE_SET_ASIDE = 0.5; worker.work ="))
+    Path(script).write_text(source.replace("worker.work =", "consumer.HOLD_SECONDS = 0.5; worker.work ="))
     worker = shells.start(script)
     shells.send("bad")
-    worker.wait_for("Can't set aside 'bad'", times=5)
+    worker.wait_for("Can't set aside 'bad'")
     with broker.connect() as connection:
         connection.channel().queue_delete(DEAD_LETTERS)
     worker.wait_for("Set aside 'bad'")
@@ -226,20 +226,20 @@ def test_dead_letters_are_listed_and_sent_back(broker, shells, worker_with):
     failing.wait_for("Set aside")
     failing.kill()
     for _ in range(2):  # listing changes nothing
-        listed = shells.start("tools/dead_letters.py", "list")
+        listed = shells.start("-m", "task_queue.dead_letters", "list")
         assert listed.ends() == 0
         assert re.fullmatch(
             r" \[x\] 'bad \\x1b\[31m', set aside [-0-9]+ [:0-9]+ after 10 deliveries: ValueError \(.*\)",
             "".join(listed.output()),
         )
-    requeued = shells.start("tools/dead_letters.py", "requeue")
+    requeued = shells.start("-m", "task_queue.dead_letters", "requeue")
     assert requeued.ends() == 0
     assert requeued.output() == [r" [x] Requeued 'bad \x1b[31m'"]
     worker = shells.worker()
     worker.wait_for("[x] Done")
     assert worker.output()[1] == r" [x] Received 'bad \x1b[31m'"
     for command in ("list", "requeue"):
-        nothing = shells.start("tools/dead_letters.py", command)
+        nothing = shells.start("-m", "task_queue.dead_letters", command)
         assert nothing.ends() == 0
         assert nothing.output() == [" [*] No dead letters"]
 
@@ -284,7 +284,7 @@ def test_a_connection_that_is_silently_dead_is_noticed(broker, shells, proxy):
 def test_heartbeats_come_every_20_seconds_unless_the_url_says_otherwise(monkeypatch):
     for url, seconds in {"amqp://h": 20, "amqp://h/?heartbeat=7": 7, "amqp://h/?heartbeat=0": 0}.items():
         monkeypatch.setenv("AMQP_URL", url)
-        assert task_queue.nodes("test")[0].heartbeat == seconds
+        assert address.nodes("test")[0].heartbeat == seconds
 
 
 def test_a_worker_comes_back_when_rabbitmq_closes_its_connection(broker, shells):
@@ -457,7 +457,7 @@ def test_a_producer_that_gives_up_says_how_to_go_on(mortal, mortal_shells, tmp_p
     script = tmp_path / "impatient.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import new_task, publisher\npublisher.GIVE_UP_SECONDS = 2\nsys.exit(new_task.main())\n"
+        "import new_task\nfrom task_queue import publisher\npublisher.GIVE_UP_SECONDS = 2\nsys.exit(new_task.main())\n"
     )
     producer = mortal_shells.start(str(script), "-", stdin=subprocess.PIPE)
     say(producer, "one", "", "two")
@@ -566,7 +566,7 @@ def test_a_node_that_is_down_is_skipped(broker, shells):
 
 def test_workers_try_the_nodes_in_random_order(monkeypatch):
     monkeypatch.setenv("AMQP_URL", "amqp://a;amqp://b;amqp://c")
-    first = {task_queue.nodes("test")[0].host for _ in range(100)}
+    first = {address.nodes("test")[0].host for _ in range(100)}
     assert first == {"a", "b", "c"}
 
 

@@ -70,7 +70,9 @@ def test_help_is_what_the_file_opens_with(offline, module, option):
     assert script.output() == module.__doc__.strip().splitlines()
 
 
-@pytest.mark.parametrize(("words", "task"), [(("--", "-x", "--"), "'-x --'"), (("a", "-x", "-"), "'a -x -'")])
+@pytest.mark.parametrize(
+    ("words", "task"), [(("--", "-x", "--"), "'-x --'"), (("a", "-x", "-"), "'a -x -'"), (("--", "-"), "'-'")]
+)
 def test_words_may_begin_with_a_dash(broker, shells, words, task):
     assert shells.new_task(*words).output() == [f" [x] Sent {task}"]
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 import task_queue
-import worker
+from task_queue import dead_letters
 
 DOCS = ROOT / "docs"
 HAND_MADE = ["life-of-a-task.svg", "prefetch.svg", "queue.svg"]
@@ -79,7 +79,7 @@ def test_the_diagrams_have_one_style():
 
 def test_the_diagrams_name_what_the_scripts_use():
     assert task_queue.QUEUE in words(DOCS / "queue.svg")
-    assert f"after {worker.MAX_DELIVERIES} deliveries" in words(DOCS / "life-of-a-task.svg")
+    assert f"after {dead_letters.MAX_DELIVERIES} deliveries" in words(DOCS / "life-of-a-task.svg")
 
 
 def test_the_recording_shows_what_the_shells_really_show(broker, shells, tmp_path):

@@ -22,8 +22,8 @@ README = (ROOT / "README.md").read_text()
 
 # What make does for these targets, without looking for a .venv.
 AS_TYPED = {
-    "make dead-letters": "python tools/dead_letters.py list",
-    "make requeue-dead-letters": "python tools/dead_letters.py requeue",
+    "make dead-letters": "python -m task_queue.dead_letters list",
+    "make requeue-dead-letters": "python -m task_queue.dead_letters requeue",
 }
 
 # RabbitMQ updates what it tells of a queue every five seconds.
@@ -153,7 +153,8 @@ def page(tmp_path, monkeypatch, capsys):
     """The page, to be played in a copy of the scripts, with a RabbitMQ as `make demo` leaves it."""
     for script in ROOT.glob("*.py"):
         shutil.copy(script, tmp_path)
-    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    for folder in ("task_queue", "tools"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     monkeypatch.delenv("AMQP_URL", raising=False)
     monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent")  # or it would be a container
     monkeypatch.setattr(rabbitmq, "FOLDER", tmp_path / ".rabbitmq")
@@ -222,6 +223,7 @@ class DockerPage:
         self._ports = {}
         for path in [ROOT / "Dockerfile", ROOT / ".dockerignore", ROOT / "requirements.txt", *ROOT.glob("*.py")]:
             shutil.copy(path, folder)
+        shutil.copytree(ROOT / "task_queue", folder / "task_queue")
         for name in self.files:
             (folder / name).write_text(self.on_other_ports((ROOT / name).read_text()))
         settings = {k: v for k, v in os.environ.items() if not k.startswith(("COMPOSE_", "RABBITMQ_", "AMQP_"))}

@@ -96,10 +96,11 @@ def test_several_words_are_one_task(broker, shells):
     assert_did(worker, "'A very hard task'")
 
 
-def test_an_empty_string_is_a_task_without_words(broker, shells):
+@pytest.mark.parametrize("words", [[""], [], ["--"], ["--", ""]], ids=repr)
+def test_no_words_are_a_greeting(broker, shells, words):
     worker = shells.worker()
-    assert_sent(shells.new_task(""), "''")
-    assert_did(worker, "''")
+    assert_sent(shells.new_task(*words), "'Hello World!'")
+    assert_did(worker, "'Hello World!'")
 
 
 def test_a_task_that_is_not_utf_8_is_done_and_acknowledged(broker, shells):

@@ -26,7 +26,8 @@ import rabbitmq
 from pika.exceptions import ChannelClosedByBroker
 from rabbitmq_node import Node, NodeError
 
-from task_queue import QUEUE, describe
+from task_queue import QUEUE
+from task_queue.address import describe
 
 ROOT = rabbitmq.ROOT
 

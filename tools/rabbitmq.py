@@ -124,13 +124,11 @@ def find() -> Node | Container | None:
 
 def connect(name: str):
     """Return a pika connection to the RabbitMQ that the two scripts would use; NodeError if it doesn't let us in."""
-    import pika  # here, because `stop` must work without a .venv
-
-    import task_queue
+    from task_queue import address  # here, because `stop` must work without a .venv
 
     try:
-        return task_queue.first_that_answers(task_queue.nodes(name), pika.BlockingConnection)
-    except (task_queue.Unreachable, task_queue.Refused) as problem:
+        return address.connect(name)
+    except (address.Unreachable, address.Refused) as problem:
         raise NodeError(str(problem)) from None
 
 

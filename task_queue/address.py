@@ -1,0 +1,162 @@
+"""Where RabbitMQ is: AMQP_URL, its nodes, the first that answers, and what pika's errors mean in plain words."""
+
+import contextlib
+import os
+import random
+import ssl
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import pika
+import pika.data
+from pika.exceptions import AMQPError, ProbableAccessDeniedError, ProbableAuthenticationError
+
+# Where RabbitMQ is, unless the environment variable AMQP_URL says otherwise.
+DEFAULT_URL = "amqp://guest:guest@localhost:5672/%2F"
+
+# How often the two ends show each other that they are alive: RabbitMQ advises 5 to 20 s. And how long RabbitMQ may keep
+# us from publishing, as it is short of memory or disk: with what else takes time, a user waits for less than 30 s.
+HEARTBEAT_SECONDS, BLOCKED_SECONDS = 20, 25
+
+# What pika's calls raise when RabbitMQ or the network fails. The last two are its slips on connections that have just
+# closed, so this is for calls of pika's alone: in other code they are bugs.
+PIKAS_ERRORS = (AMQPError, OSError, ValueError, AssertionError)
+
+
+class Unreachable(Exception):
+    """No node of RabbitMQ can be reached now; later one may be. The message is for the user."""
+
+
+class Refused(Exception):
+    """RabbitMQ, or this program, refuses for a reason that waiting won't cure. The message is for the user."""
+
+
+class Lost(Exception):
+    """The connection or the channel is gone. The message says why; `code` is RabbitMQ's reply code, if it gave one."""
+
+    def __init__(self, error: BaseException):
+        super().__init__(describe(error))
+        self.code: int | None = getattr(error, "reply_code", None)
+
+
+@contextlib.contextmanager
+def lost_rabbitmq() -> Iterator[None]:
+    """For calls of pika's: turn what it raises when RabbitMQ or the network fails into Lost."""
+    try:
+        yield
+    except PIKAS_ERRORS as error:
+        raise Lost(error) from None
+
+
+def connect(name: str, how: Callable[..., Any] = pika.BlockingConnection) -> Any:
+    """Return how(node) for the first node that lets us in. name: what RabbitMQ will call the connection.
+
+    Unreachable if none does now, Refused if every one refuses for a reason that waiting won't cure.
+    """
+    problems = []
+    for node in nodes(name):
+        try:
+            return how(node)
+        except Exception as error:  # pika has no common base class for what can happen here
+            problems.append(_explained(_cause(error), node))
+    raise next((problem for problem in problems if isinstance(problem, Unreachable)), problems[0])
+
+
+def close_socket(connection: Any) -> None:
+    """Let go of a connection without a word to RabbitMQ, whatever state it is in."""
+    with contextlib.suppress(AttributeError, OSError):  # it has none
+        connection._impl._transport._sock.close()
+
+
+def nodes(name: str) -> list[pika.URLParameters]:
+    """Return the nodes of AMQP_URL in random order, so that many workers spread. Refused if it is not well formed."""
+    # An empty AMQP_URL is what `AMQP_URL=$UNSET python worker.py` gives: as good as none.
+    urls = [url.strip() for url in (os.environ.get("AMQP_URL") or DEFAULT_URL).split(";") if url.strip()]
+    found = [_node(url, name) for url in urls or [""]]
+    return random.sample(found, len(found))
+
+
+def _node(url: str, name: str) -> pika.URLParameters:
+    try:
+        parts = urlsplit(url)
+        # An @ behind the host is one of a password that was not encoded: what is taken for the host is a part of it.
+        if parts.scheme not in ("amqp", "amqps") or "@" in parts.path + parts.query + parts.fragment:
+            raise ValueError
+        node = pika.URLParameters(url)
+    except Exception:  # pika lets out ValueError, TypeError, IndexError, SyntaxError, OSError, ...
+        # What is wrong can't be quoted: a mistyped URL has its password in the oddest places.
+        raise Refused(
+            "AMQP_URL is not a valid AMQP URL. It must read amqp://USER:PASSWORD@HOST:PORT/VIRTUAL_HOST, with special "
+            "characters percent-encoded, pika's parameters behind a ?, and ; between the nodes of a cluster."
+        ) from None
+    if node.heartbeat is None:
+        node.heartbeat = HEARTBEAT_SECONDS
+    if node.blocked_connection_timeout is None:
+        node.blocked_connection_timeout = BLOCKED_SECONDS
+    node.client_properties = {"connection_name": name} | (node.client_properties or {})
+    return node
+
+
+def _explained(error: Any, node: pika.URLParameters) -> Unreachable | Refused:
+    """Turn what pika raises when it can't connect into one line with a remedy."""
+    where, user, text = f"{node.host}:{node.port}", node.credentials.username, describe(error)
+    # RabbitMQ answers 403 to wrong credentials, 530 to a virtual host that isn't there or isn't ours. pika raises the
+    # same two classes when the connection merely breaks at that moment, which waiting does cure.
+    if isinstance(error, ProbableAuthenticationError) and "(403)" in text:
+        local = user != "guest" or node.host in ("localhost", "127.0.0.1", "::1")
+        hint = "" if local else "; by default RabbitMQ lets guest in from its own machine only"
+        return Refused(f"RabbitMQ at {where} refuses user {user!r}. Check user and password in AMQP_URL{hint}.")
+    # A full house ("connection limit (10) is reached") is a 530 as well, and passes.
+    if isinstance(error, ProbableAccessDeniedError) and "(530)" in text and "limit (" not in text:
+        problem = f"RabbitMQ at {where} has no virtual host {node.virtual_host!r}, or none that user {user!r} may use."
+        return Refused(f"{problem} Check what follows the port in AMQP_URL.")
+    if isinstance(error, ssl.SSLCertVerificationError):
+        problem = f"the certificate of {where} is not to be trusted ({error.verify_message.rstrip('.')})."
+        return Refused(f"{problem} Correct the host in AMQP_URL, or name the CA's file in SSL_CERT_FILE.")
+    # A connection that breaks while TLS is set up is an SSLError as well.
+    if isinstance(error, ssl.SSLError) and "EOF" not in text:
+        return Refused(f"{where} does not speak TLS ({error.reason}). Use amqp://, or the port that is for amqps://.")
+    return Unreachable(f"can't reach RabbitMQ at {where} ({text}). Is it running, and does AMQP_URL say where?")
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception of pika's as a few words."""
+    error = _cause(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if len(error.args) == 2 and isinstance(error.args[0], int):  # closed by RabbitMQ: reply code and text
+        return f"{error.args[1]} ({error.args[0]})"
+    return str(error) or type(error).__name__
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what is behind an error of pika's: it wraps, say, ConnectionRefusedError in up to three without a text."""
+    while True:
+        inner = [*getattr(error, "exceptions", []), getattr(error, "exception", None), *error.args[:1]]
+        inner = [cause for cause in inner if isinstance(cause, BaseException)]
+        if not inner:
+            return error
+        error = inner[-1]
+
+
+_pikas_decode_value = pika.data.decode_value
+
+
+def _decode_value(encoded: bytes, offset: int) -> tuple[Any, int]:
+    """Decode a header's value. pika 1.4.4 drops the connection over a timestamp after 9999: return that as a number.
+
+    So it would for each worker in turn. Not needed any more with the first release that has the cure (pika issue 1698).
+    """
+    try:
+        return _pikas_decode_value(encoded, offset)
+    except (ValueError, OverflowError, OSError, RecursionError) as error:
+        if encoded[offset : offset + 1] == b"T":
+            return struct.unpack_from(">q", encoded, offset + 1)[0], offset + 9
+        if not isinstance(error, RecursionError):  # of tables within tables, a thousand deep: do without the innermost
+            raise
+        return None, offset + 5 + struct.unpack_from(">I", encoded, offset + 1)[0]
+
+
+pika.data.decode_value = _decode_value

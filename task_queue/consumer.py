@@ -1,0 +1,294 @@
+"""What keeps worker.py going: reconnecting, heartbeats while it works, and a clean end on Ctrl+C and SIGTERM.
+
+The main thread does the tasks; a second one looks after the connection meanwhile. When pika has a connection that
+threads can share (it is on its main branch), that goes where heartbeats() and _look_after() are.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from task_queue import DEAD_LETTERS, QUEUE, QUORUM, console, dead_letters, declaration
+from task_queue.address import PIKAS_ERRORS, Lost, Refused, Unreachable, close_socket, connect, lost_rabbitmq
+
+# Seconds between two attempts to connect: doubled from the first to the last, each one shortened at random by up to
+# half, so that many workers don't come back in the same moment. The last keeps the wait for RabbitMQ's return short.
+# After a connection that lasted for GOOD seconds, or on which a task was done, the pause is the first again.
+FIRST_PAUSE, LAST_PAUSE, GOOD = 0.5, 3, 30
+
+# How often the connection is looked after during work, and how often we look for a signal while we don't work.
+TICK_SECONDS = 0.2
+
+# How long a worker that is told to stop waits for RabbitMQ to take its task back, before it just goes.
+GOODBYE_SECONDS = 5
+
+# How long before another attempt to set aside a task that could not be; and how many of them a worker holds at most.
+HOLD_SECONDS, MOST_HELD = 60, 100
+
+# Up to RabbitMQ 4.2 it closes the channel, from 4.3 on it only cancels the consumer.
+TOO_LONG = (
+    "RabbitMQ took the task back, as it does when one takes longer than consumer_timeout (30 minutes, unless "
+    "rabbitmq.conf says otherwise; raise it there), or when the queue is deleted. The task will be done again."
+)
+
+
+class Stop(BaseException):
+    """The user or the service manager wants this worker to end. No `except Exception` in work() holds it up."""
+
+
+class TaskFailed(Exception):
+    """work() raised. The message says what, and where."""
+
+
+def keep_working(do_tasks: Callable[["Channel"], None], usage: str) -> int:
+    """Call do_tasks(channel) on one connection after the other, until a signal ends it; return the exit status.
+
+    usage: the worker's --help. With its only option, --graceful, SIGTERM waits for the task in hand; Ctrl+C never does.
+    """
+    channel = Channel(graceful=bool(console.arguments(usage, lambda words: words in ([], ["--graceful"]))))
+    try:
+        channel.run(do_tasks)
+    except Stop:
+        channel.hand_back()
+        return 0
+    except Refused as problem:
+        console.warn(str(problem))
+    return 1
+
+
+class Channel:
+    """pika's BlockingChannel, on a queue that is safe to use, with heartbeats during the work.
+
+    Its calls raise Lost when the connection is gone; consume() and heartbeats() raise Stop when a signal has come.
+    """
+
+    def __init__(self, graceful: bool):
+        self._connection: Any = None
+        self._channel: Any = None
+        self._counts = False  # whether the queue counts deliveries
+        self._in_hand = False  # whether there is a task that is not acknowledged
+        self._held: list[tuple[Any, ...]] = []  # and others, that could not be set aside
+        self._retry_at = 0.0  # when to try that again
+        self._good = self._told = False  # whether a task was done; whether it was told why the connection ended
+        self._pika = threading.Lock()  # pika must not be used by two threads at once
+        self._pika.acquire()  # the main thread has it, except in heartbeats()
+        self._signal = 0  # the first one that came
+        self._waits = {signal.SIGTERM} if graceful else set()  # the signals that don't interrupt the work
+        self._working = False  # whether a signal may interrupt us: nothing of pika's is cut in half
+        self._pid = os.getpid()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._on_signal)
+        # A forked process must not keep the connection of a worker that is killed.
+        os.register_at_fork(after_in_child=lambda: close_socket(self._connection))
+        threading.Thread(target=self._look_after, daemon=True).start()
+
+    # The calls of the lesson.
+
+    def queue_declare(self, queue: str, durable: bool = True, arguments: Any = QUORUM) -> None:
+        """Declare a durable quorum queue, and be sure that it is safe to use: see declaration.py."""
+        with lost_rabbitmq():
+            self._channel, self._counts = declaration.declare(self._connection, queue)
+
+    def basic_qos(self, prefetch_count: int) -> None:
+        """As pika's."""
+        with lost_rabbitmq():
+            self._channel.basic_qos(prefetch_count=prefetch_count)
+
+    def basic_ack(self, delivery_tag: int) -> None:
+        """As pika's."""
+        with lost_rabbitmq():
+            self._channel.basic_ack(delivery_tag)
+        self._good = True
+
+    def consume(self, queue: str) -> Iterator[tuple[Any, Any, bytes]]:
+        """Yield (method, properties, body) as pika's does; but what has killed ten workers is set aside."""
+        worked, held = False, 0
+        deliveries = self._channel.consume(queue, inactivity_timeout=TICK_SECONDS)
+        while True:
+            self._stop_if_told()
+            with lost_rabbitmq():
+                delivery = next(deliveries, None)
+            if not delivery:  # RabbitMQ has ended our consumer, and nothing else
+                return console.warn(TOO_LONG if worked else f"The queue {queue!r} was deleted. Declaring it again.")
+            worked = delivery[0] is not None
+            if worked:
+                self._in_hand = True
+                tries = self._earlier_deliveries(*delivery[:2])
+                if tries < dead_letters.MAX_DELIVERIES:
+                    yield delivery
+                else:
+                    self._set_aside(*delivery, tries, "its workers died or were stopped")
+                self._in_hand = False
+            if self._held and time.monotonic() > self._retry_at:
+                for letter in self._held[:]:
+                    self._set_aside(*letter)
+            if len(self._held) != held:  # so that there is one task besides those that are held
+                held = len(self._held)
+                with lost_rabbitmq():
+                    self._channel.cancel()
+                    self._channel.basic_qos(prefetch_count=1 + min(held, MOST_HELD))
+                    deliveries = self._channel.consume(queue, inactivity_timeout=TICK_SECONDS)
+
+    @contextlib.contextmanager
+    def heartbeats(self) -> Iterator[None]:
+        """While this block runs, RabbitMQ hears from us. Whatever it raises comes out as TaskFailed, but for Stop.
+
+        A process that the block forks ends here.
+        """
+        self._pika.release()
+        self._working = True
+        try:
+            if self._signal not in self._waits:
+                self._stop_if_told()
+            yield
+        except Stop:
+            raise
+        except BaseException as error:
+            if os.getpid() == self._pid:
+                raise TaskFailed(dead_letters.reason(error)) from error
+        finally:
+            self._working = False
+            if os.getpid() != self._pid:
+                os._exit(0)  # and touch nothing: the task and the connection are the parent's
+            self._pika.acquire()
+            console.restore_output()
+
+    def requeue_or_set_aside(self, method: Any, properties: Any, task: bytes, failure: TaskFailed) -> None:
+        """Give a task back for another try, after a pause; or set it aside when it has had its tries."""
+        tries = self._earlier_deliveries(method, properties) + 1
+        if tries >= dead_letters.MAX_DELIVERIES:
+            return self._set_aside(method, properties, task, tries, str(failure))
+        console.warn(f"Failed {console.shown(task)}: {failure}. It will be tried again.")
+        with lost_rabbitmq():
+            self._connection.sleep(dead_letters.PAUSE_AFTER_FAILURE)
+            # A reject, not a nack: every RabbitMQ counts it as a delivery that failed.
+            self._channel.basic_reject(method.delivery_tag, requeue=True)
+
+    def _earlier_deliveries(self, method: Any, properties: Any) -> int:
+        """Return how many earlier deliveries of a task RabbitMQ has counted. What its sender says doesn't count."""
+        count = (properties.headers or {}).get("x-delivery-count") if self._counts and method.redelivered else 0
+        return count if isinstance(count, int) else 0
+
+    def _set_aside(self, method: Any, properties: Any, task: bytes, tries: int, why: str) -> None:
+        """Move a task to the dead letters. If that can't be done now, hold it: given back, it would come at once."""
+        letter = (method, properties, task, tries, why)
+        try:
+            with self.heartbeats():
+                dead_letters.set_aside(task, properties, tries, why)
+        except TaskFailed as failure:
+            self._retry_at = time.monotonic() + HOLD_SECONDS
+            if letter not in self._held:
+                console.warn(f"Can't set aside {console.shown(task)}: {failure.__cause__} Holding it until I can.")
+                self._held.append(letter)
+            return
+        # Only now that RabbitMQ has confirmed the copy: a crash in between leaves two, never none.
+        self.basic_ack(method.delivery_tag)
+        self._held = [other for other in self._held if other is not letter]
+        console.warn(f"Set aside {console.shown(task)} in {DEAD_LETTERS} after {tries} deliveries: {why}")
+
+    # The connection.
+
+    def run(self, do_tasks: Callable[["Channel"], None]) -> None:
+        """Call do_tasks(self) on one connection after the other. Stop; or Refused, if waiting doesn't help."""
+        pause, known = FIRST_PAUSE, set[str]()
+        while True:
+            began, self._in_hand, self._held, self._good, self._told = time.monotonic(), False, [], False, False
+            try:
+                self._connection = connect("worker.py")
+                do_tasks(self)
+            except (Unreachable, Lost) as problem:
+                line = _explained(problem)
+                gist = line.partition(" (")[0]  # details, in brackets, change from one attempt to the next
+                if gist not in known and not self._told:
+                    console.warn(line)
+                known.add(gist)
+            self._close()
+            if self._good or time.monotonic() > began + GOOD:
+                pause, known = FIRST_PAUSE, set()
+            end = time.monotonic() + pause * random.uniform(0.5, 1)
+            while time.monotonic() < end:
+                self._stop_if_told()
+                time.sleep(TICK_SECONDS)
+            pause = min(2 * pause, LAST_PAUSE)
+
+    def hand_back(self) -> None:
+        """Give the tasks in hand back to RabbitMQ, which gives them to other workers; and say goodbye."""
+        in_hand = self._in_hand or self._held
+        if in_hand:
+            with contextlib.suppress(*PIKAS_ERRORS):
+                self._channel.cancel()  # first: or RabbitMQ gives them to us again
+                # A nack, not a reject: since RabbitMQ 4.3 it doesn't count as a failure of the task.
+                self._channel.basic_nack(0, multiple=True, requeue=True)
+        self._close()
+        self._say_goodbye(" The task in hand goes back to the queue." if in_hand else "")
+
+    def _close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection:
+            with contextlib.suppress(*PIKAS_ERRORS):
+                connection.close()
+
+    def _look_after(self) -> None:
+        """The second thread: answer RabbitMQ's heartbeats while the main thread works, and see to its end."""
+        left = GOODBYE_SECONDS
+        while left > 0:
+            time.sleep(TICK_SECONDS)
+            if self._signal and not (self._working and self._signal in self._waits):
+                left -= TICK_SECONDS
+            if self._working and not self._told and self._pika.acquire(blocking=False):
+                try:
+                    with lost_rabbitmq():
+                        self._connection.process_data_events()
+                    lost = "" if self._channel.is_open else TOO_LONG
+                except Lost as problem:
+                    lost = f"Lost RabbitMQ ({problem}). This task will be done again."
+                self._pika.release()
+                if lost:
+                    self._told = True
+                    console.warn(lost)
+        self._say_goodbye()
+        os._exit(0)
+
+    # Signals.
+
+    def _on_signal(self, signum: int, _frame: Any) -> None:
+        if os.getpid() != self._pid:  # a process that work() forked: a signal ends it, as it ends any process
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        elif self._signal:
+            os._exit(0)  # RabbitMQ sees the connection close, and gives the task to another worker
+        self._signal = signum
+        if self._working and signum in self._waits:
+            with contextlib.suppress(OSError):  # not print(), which must not be used in a signal handler
+                os.write(2, b" [!] SIGTERM: will stop when this task is done, or at once on a second signal.\n")
+        elif self._working:
+            raise Stop
+
+    def _stop_if_told(self) -> None:
+        if self._signal:
+            raise Stop
+
+    def _say_goodbye(self, what: str = "") -> None:
+        name, self._signal = {signal.SIGINT: "Ctrl+C", signal.SIGTERM: "SIGTERM"}.get(self._signal), -1
+        if name:  # else it was said
+            console.warn(f"Stopped by {name}.{what}", after_ctrl_c=name == "Ctrl+C")
+
+
+def _explained(problem: Exception) -> str:
+    """Return what to tell of a connection that ended, or never came to be. Refused if another would be no better."""
+    code = getattr(problem, "code", None)
+    if code == 403:
+        raise Refused(f"RabbitMQ forbids this user to take tasks: {problem}.") from None
+    if code == 541:
+        return (
+            f"RabbitMQ can't serve the queue {QUEUE!r} ({problem}): its log tells more. Trying again and again; "
+            f"rabbitmqctl delete_queue {QUEUE} deletes a queue that can't come back, tasks and all."
+        )
+    if isinstance(problem, Lost):
+        return f"Lost RabbitMQ ({problem}). Reconnecting."
+    return f"{problem} Trying until it answers."

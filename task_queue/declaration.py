@@ -1,0 +1,53 @@
+"""Declares the queue: a quorum queue, or the classic one that an older tutorial left; not before it is safe to use."""
+
+from typing import Any
+
+from pika import BlockingConnection
+from pika.exceptions import ChannelClosedByBroker
+
+from task_queue import QUORUM
+from task_queue.address import Refused
+
+# RabbitMQ writes the existence of a new queue to disk up to a second after it has said that the queue is declared.
+# If RabbitMQ is killed before then, the queue is gone, with the tasks in it. So nobody uses a queue younger than this.
+SETTLE_SECONDS = 2
+
+
+def declare(connection: BlockingConnection, queue: str) -> tuple[Any, bool]:
+    """Declare a durable queue. Return a channel when it is fit for use, and whether it counts deliveries.
+
+    Refused if the queue exists with other settings; what pika raises passes.
+    """
+    newborn = f"{queue}_is_new"  # a queue that RabbitMQ deletes by itself, there while `queue` is too young for use
+    found = _exists(connection, queue)
+    if not found:
+        expires = {"x-queue-type": "classic", "x-expires": SETTLE_SECONDS * 1000}
+        with connection.channel() as channel:
+            channel.queue_declare(queue=newborn, durable=True, arguments=expires)
+    # A queue with tasks or workers has been used, so it is old enough: no need to ask.
+    young = not found or (found.message_count == found.consumer_count == 0 and _exists(connection, newborn))
+    for arguments in (QUORUM, {}):
+        channel = connection.channel()
+        try:
+            channel.queue_declare(queue=queue, durable=True, arguments=arguments)
+            if young:
+                connection.sleep(SETTLE_SECONDS)
+            return channel, bool(arguments)
+        except ChannelClosedByBroker as error:
+            if error.reply_code != 406:  # PRECONDITION_FAILED: it exists with other settings
+                raise
+    raise Refused(
+        f"the queue {queue!r} exists with other settings than ours (durable, quorum or classic, nothing else). "
+        f"Use another virtual host, or delete it when it is empty: rabbitmqctl delete_queue {queue} --if-empty"
+    )
+
+
+def _exists(connection: BlockingConnection, queue: str) -> Any:
+    """Return RabbitMQ's declare-ok (with its counts) for a queue, or None if there is no such queue."""
+    with connection.channel() as channel:
+        try:
+            return channel.queue_declare(queue=queue, passive=True).method
+        except ChannelClosedByBroker as error:
+            if error.reply_code != 404:
+                raise
+            return None

@@ -1,0 +1,317 @@
+"""A channel that confirms: many tasks are on their way at once, and each one counts until RabbitMQ has confirmed it.
+
+To wait for one confirm before the next task is sent costs a round trip per task, and that is what basic_publish() of
+pika's BlockingChannel does. The channel inside of it does not wait, so this publishes there, keeps what is not
+confirmed, and runs pika's loop when that is too much. If the connection is lost, it goes out again on another one.
+"""
+
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any, NamedTuple
+
+from pika.exceptions import ConnectionBlockedTimeout
+from pika.spec import Basic
+
+from task_queue import QUORUM, console, declaration
+from task_queue.address import BLOCKED_SECONDS, PIKAS_ERRORS, Lost, Refused, Unreachable, close_socket, connect
+
+# How many bytes may be without a confirm: they are what memory holds. A task counts as one of SMALL bytes at least, so
+# these are 2000 tasks. And how many bytes must be confirmed before it goes on: task by task would be slow.
+WINDOW, SMALL, ROOM = 32_000_000, 16_000, 3_200_000
+
+# Tasks leave together, so many of them in one system call, and each one after so many seconds.
+BATCH, BATCH_SECONDS = 100, 0.05
+
+# How many seconds to try before giving up, when nothing is confirmed; a RabbitMQ that restarts is back well before
+# that. More than STOPPED_SECONDS between two looks at the clock are time in which this process was stopped.
+GIVE_UP_SECONDS, STOPPED_SECONDS = 60, 6
+
+# How many seconds to pause before another attempt to connect, and to wait for RabbitMQ's goodbye.
+PAUSE, GOODBYE_SECONDS = 0.5, 2
+
+# How much is read at once, and the longest line: the largest message that RabbitMQ takes, by default.
+CHUNK, LONGEST_LINE = 1 << 16, 128 << 20
+
+NO_ANSWER = (
+    "RabbitMQ confirms nothing: the queue has no leader. In a cluster, are most nodes up? If a single node can't bring "
+    "it back, rabbitmqctl delete_queue task_queue deletes it, tasks and all."
+)
+
+
+class NotConfirmed(Exception):
+    """RabbitMQ has not confirmed all tasks. The message says why; `confirmed` counts the leading ones that it has.
+
+    Tasks behind those may have arrived as well: sending them again can double them, but loses none.
+    """
+
+    def __init__(self, why: str, confirmed: int, of_lines: bool = False):
+        rest = f"to send the others: tail -n +{confirmed + 1} FILE | python new_task.py -"
+        super().__init__(why + f" The first {confirmed} lines are confirmed; {rest}" * of_lines)
+        self.confirmed = confirmed
+
+
+class _Message(NamedTuple):
+    position: int  # which of the tasks, or lines, that each() was given
+    size: int
+    arguments: tuple[Any, ...]  # of pika's basic_publish()
+
+
+class Channel:
+    """A channel with pika's names and arguments that outlives its connection. Use it in a `with` block, on one thread.
+
+    Each call raises NotConfirmed if RabbitMQ can't be reached at first, refuses, or confirms nothing for
+    GIVE_UP_SECONDS; what was not confirmed is given up then. A channel may be kept: while it isn't used it may lose its
+    connection, and it makes a new one at the next task. A forked process needs a channel of its own.
+    """
+
+    def __init__(self, name: str):
+        """name: what RabbitMQ will call the connection."""
+        self._name, self._queue, self._confirming, self._connected_before = name, "", False, False
+        self._connection: Any = None
+        self._channel: Any = None
+        self._frames: list[bytes] = []  # what pika has not passed on to the network
+        self._messages: dict[int, _Message] = {}  # what waits for a confirm on this connection, by delivery tag
+        self._again: list[_Message] = []  # what must be sent again, on the next one
+        self._tag = self._size = 0  # the last delivery tag, and the size of all these messages
+        self._count = self._position = 0  # how many messages there were, and tasks of each() that are handed over
+        self._progress = console.Progress(None)
+        self._waited = self._looked_at = 0.0  # how long nothing was confirmed, and the time when we looked last
+        self._problem, self._told = "", set[str]()  # why nothing is confirmed, and what the user knows of that
+        self._nacked, self._refusal = False, ""  # whether RabbitMQ could not store a task; why it gave one back
+
+    def __enter__(self) -> "Channel":
+        self._on_a_connection(lambda: None)
+        return self
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            error.args = self._not_confirmed("interrupted.").args
+        elif not error and self._connection:  # RabbitMQ logs a warning about a connection that just ends
+            with contextlib.suppress(*PIKAS_ERRORS):
+                self._connection.call_later(GOODBYE_SECONDS, self._connection._impl._transport.abort)
+                self._connection.close()
+        self._drop()
+        self._progress.end()
+
+    # The calls of the lesson.
+
+    def queue_declare(self, queue: str, durable: bool = True, arguments: Any = QUORUM) -> None:
+        """Declare a durable quorum queue, now and on each new connection; see declaration.py."""
+        self._queue = queue
+        self._on_a_connection(self._declare)
+
+    def confirm_delivery(self) -> None:
+        """Let RabbitMQ confirm each task, now and on each new connection. Call it before basic_publish()."""
+        self._confirming = True
+        self._on_a_connection(self._ask_for_confirms)
+
+    def each(self, tasks: Iterable[bytes] | IO[bytes]) -> Iterator[bytes]:
+        """Yield each of the tasks; of a file, each line that is not empty, without its newline, as it comes.
+
+        While there is nothing to read yet, the connection is looked after.
+        """
+        self._progress, self._position = console.Progress(tasks), 0
+        of_lines = self._progress.of_lines
+        for task in self._lines(tasks.fileno()) if of_lines else tasks:
+            if task or not of_lines:
+                yield task
+            self._position += 1  # only now: what is not handed over must not look confirmed
+
+    def basic_publish(
+        self, exchange: str, routing_key: str, body: bytes, properties: Any = None, mandatory: bool = False
+    ) -> None:
+        """Send a task. It is kept until it is confirmed, and sent again if need be: see wait_for_confirms()."""
+        size = max(len(body), SMALL)
+        if not self._connection or not self._has_room(size):
+            self._on_a_connection(lambda: self._until(lambda: self._has_room(size + ROOM) or not self._size))
+        self._count += 1
+        self._size += size
+        self._publish(_Message(self._position + 1, size, (exchange, routing_key, body, properties, mandatory)))
+        if self._tag % BATCH == 1 or time.monotonic() > self._looked_at + BATCH_SECONDS:
+            self._on_a_connection(self._turn)
+
+    def wait_for_confirms(self) -> None:
+        """Return when RabbitMQ has confirmed every task."""
+        self._on_a_connection(lambda: self._until(lambda: not self._messages))
+
+    # What they stand on.
+
+    def _on_a_connection(self, step: Callable[[], None]) -> None:
+        """Do step(), on as many connections as it takes."""
+        problem: Exception | None = None
+        while True:
+            try:
+                if problem:
+                    self._pause(problem)
+                if not self._connection:
+                    self._connect()
+                return step()
+            except (Unreachable, *PIKAS_ERRORS) as error:
+                self._drop()
+                problem = error
+            except Refused as failure:
+                raise self._not_confirmed(str(failure)) from None
+            except BaseException:  # Ctrl+C in pika's code
+                self._drop()
+                raise
+
+    def _pause(self, problem: Exception) -> None:
+        """Wait before another attempt. Refused if there is no hope in that."""
+        lost = Lost(problem)
+        if isinstance(problem, ConnectionBlockedTimeout):
+            raise Refused(f"{self._problem} Free some there; rabbitmq-diagnostics alarms tells more.")
+        if lost.code in (403, 405, 406):  # no permission, not our queue, or a task larger than it takes
+            raise Refused(f"RabbitMQ refuses: {lost}.")
+        if isinstance(problem, Unreachable):
+            if not self._connected_before:  # who runs a command wants to know at once
+                raise Refused(str(problem))
+            self._tell(str(problem), f"Trying for up to {GIVE_UP_SECONDS} s.")
+        elif self._again:
+            self._tell(f"Lost RabbitMQ ({lost}).", "Reconnecting, to send again what is not confirmed.")
+        time.sleep(PAUSE)
+        self._look()
+
+    def _tell(self, problem: str, what_follows: str) -> None:
+        """Warn, once until everything is confirmed."""
+        self._problem = problem
+        if problem not in self._told:
+            console.warn(f"{problem} {what_follows}")
+        self._told.add(problem)
+
+    def _connect(self) -> None:
+        """Make a connection that is as far as the one before, and send again what that left without a confirm."""
+        self._connection = connect(self._name)
+        self._connection._impl.add_on_connection_blocked_callback(self._on_blocked)
+        if self._queue:
+            self._declare()
+        if self._confirming:
+            self._ask_for_confirms()
+        self._connected_before = True
+        while self._again:
+            self._publish(self._again[0])
+            del self._again[0]  # only now: a Ctrl+C must find it in one of the two
+
+    def _declare(self) -> None:
+        self._channel, _ = declaration.declare(self._connection, self._queue)
+
+    def _ask_for_confirms(self) -> None:
+        asked: list[Any] = []
+        self._channel._impl.add_on_return_callback(self._on_return)
+        self._channel._impl.confirm_delivery(self._on_confirm, callback=asked.append)
+        self._until(lambda: bool(asked))
+
+    def _publish(self, message: _Message) -> None:
+        self._tag += 1
+        self._messages[self._tag] = message
+        connection = self._connection._impl
+        # pika makes a system call for each frame, three for a task: keep them here, for _turn() to pass them on joined.
+        connection._adapter_emit_data = self._frames.append
+        try:
+            self._channel._impl.basic_publish(*message.arguments)
+            del connection._adapter_emit_data
+        except BaseException:  # Ctrl+C, or what pika can't encode: from here on delivery tags are wrong
+            self._size -= self._messages.pop(self._tag).size
+            self._drop()
+            raise
+
+    def _has_room(self, size: int) -> bool:
+        return self._size + size <= WINDOW and not self._again
+
+    def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self._turn()
+
+    def _turn(self) -> None:
+        """Let pika do what there is to do, and wait for that. Raise what ended the connection, if it did."""
+        connection = self._connection._impl
+        if self._frames:
+            connection._adapter_emit_data(b"".join(self._frames))
+            self._frames.clear()
+        connection.ioloop.poll()
+        connection.ioloop.process_timeouts()
+        if not self._channel.is_open:
+            raise self._channel._closing_reason
+        self._look()
+
+    def _look(self) -> None:
+        """Take stock: give up if there is no hope; draw the line that tells how far it is."""
+        now = time.monotonic()
+        self._waited += min(now - self._looked_at, STOPPED_SECONDS)
+        self._looked_at = now
+        self._progress.show(self._count, self._count - len(self._messages) - len(self._again))
+        if self._refusal:
+            raise Refused(self._refusal)
+        if self._nacked and not self._messages:  # all others are answered
+            raise Unreachable("RabbitMQ could not store a task, as its queue is full or has no leader.")
+        if self._connection and not self._size:
+            self._waited, self._told = 0, set()
+        if self._waited > GIVE_UP_SECONDS:
+            raise Refused(f"gave up after {GIVE_UP_SECONDS} s: {self._problem or NO_ANSWER}")
+
+    def _drop(self) -> None:
+        """Let go of the connection, whatever state it is in."""
+        connection, self._connection = self._connection, None
+        self._again[:0] = self._messages.values()
+        self._messages, self._frames, self._tag, self._nacked, self._refusal = {}, [], 0, False, ""
+        if connection:
+            close_socket(connection)
+            connection._cleanup()
+
+    def _not_confirmed(self, why: str) -> NotConfirmed:
+        """Give up what is not confirmed, and return what to raise."""
+        self._drop()
+        leading = min((message.position - 1 for message in self._again), default=self._position)
+        self._again, self._size, self._waited = [], 0, 0
+        return NotConfirmed(why, leading, self._progress.of_lines)
+
+    def _lines(self, file: int) -> Iterator[bytes]:
+        rest, chunk = bytearray(), b"\n"
+        while chunk:
+            self._on_a_connection(lambda: self._wait_for_input(file))
+            try:
+                chunk = os.read(file, CHUNK)
+            except OSError as error:
+                raise self._not_confirmed(f"can't read standard input ({error.strerror}).") from None
+            rest += chunk
+            if b"\n" in chunk:
+                *lines, rest = rest.split(b"\n")
+                yield from map(bytes, lines)
+            elif len(rest) > LONGEST_LINE:
+                raise self._not_confirmed(f"a line is longer than {LONGEST_LINE >> 20} MiB: no RabbitMQ takes that.")
+        if rest:
+            yield bytes(rest)
+
+    def _wait_for_input(self, file: int) -> None:
+        loop, readable = self._connection._impl.ioloop, list[int]()
+        try:
+            loop.add_handler(file, lambda _file, events: readable.append(events), loop.READ)
+        except PermissionError:  # epoll takes neither a file nor /dev/null, and to read these never takes long
+            return
+        self._until(lambda: bool(readable))
+        loop.remove_handler(file)
+
+    # What pika calls, from within _turn().
+
+    def _on_confirm(self, frame: Any) -> None:
+        """Take note of a basic.ack or basic.nack, for one task or for all up to that one."""
+        last, nacked = frame.method.delivery_tag, isinstance(frame.method, Basic.Nack)
+        tags = list(itertools.takewhile(last.__ge__, self._messages)) if frame.method.multiple else [last]
+        for tag in tags:
+            if tag not in self._messages or self._refusal:  # RabbitMQ confirms a task that it gave back, too
+                continue
+            if nacked:
+                self._again.append(self._messages[tag])
+                self._nacked = True
+            else:
+                self._size -= self._messages[tag].size
+                self._waited, self._problem = 0, ""
+            del self._messages[tag]
+
+    def _on_return(self, _channel: Any, method: Any, _properties: Any, _body: bytes) -> None:
+        self._refusal = f"RabbitMQ gave a task back ({method.reply_text}). Was the queue deleted just now?"
+
+    def _on_blocked(self, _connection: Any, frame: Any) -> None:
+        self._tell(f"RabbitMQ takes no tasks for now: {frame.method.reason}.", f"Waiting up to {BLOCKED_SECONDS} s.")
