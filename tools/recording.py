@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
+from node import Node, NodeError
 from processes import ROOT, Script
-from rabbitmq_node import Node, NodeError
 
 LONG_TASK = "A long one....."
 
