@@ -43,7 +43,7 @@ requeue-dead-letters: .venv/run ## send the tasks that failed too often again
 rabbitmq: .venv/run ## start a RabbitMQ to play with, in the ways that demo does
 	@.venv/bin/python tools/rabbitmq.py start
 
-queues: ## list the queues of that RabbitMQ: rabbitmqctl list_queues
+queues: ## list the queues of that RabbitMQ, or of your own one: rabbitmqctl list_queues
 	@$(PYTHON) tools/rabbitmq.py queues
 
 kill-rabbitmq: ## kill -9 that RabbitMQ, to see what survives
@@ -52,7 +52,8 @@ kill-rabbitmq: ## kill -9 that RabbitMQ, to see what survives
 stop: ## stop the RabbitMQ that demo started, and nothing else
 	@$(PYTHON) tools/rabbitmq.py stop
 
-clean: stop ## stop, and delete what was set up here: .venv, .rabbitmq with its data, caches
+clean: ## stop, and delete what was set up here: .venv, RabbitMQ with its data, caches
+	@$(PYTHON) tools/rabbitmq.py clean
 	@rm -rf .venv .rabbitmq .pytest_cache .ruff_cache __pycache__ */__pycache__
 
 # What is installed in .venv, as files that are as old as the installation.
@@ -73,6 +74,7 @@ clean: stop ## stop, and delete what was set up here: .venv, .rabbitmq with its 
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 		{ echo " [!] $(PYTHON) is missing or older than 3.10: install a newer one, or name it (make PYTHON=python3.13)" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
-		$(PYTHON) tools/apt.py "$$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
+		tools/apt.sh "$$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')" || \
+		{ echo " [!] $(PYTHON) has no ensurepip, and this can't install it: sudo apt-get install python3-venv" >&2; exit 1; }
 	@echo "Creating .venv with $$($(PYTHON) --version)"
 	@$(PYTHON) -c 'import signal as s; s.signal(s.SIGINT, s.SIG_DFL); import venv; venv.main(["--clear", ".venv"])'

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+from node import Node  # noqa: E402
 from processes import DEADLINE, Script  # noqa: E402
-from rabbitmq_node import Node  # noqa: E402
 from tcp_proxy import TcpProxy  # noqa: E402
 
 import task_queue  # noqa: E402

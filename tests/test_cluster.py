@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Broker, Node, Shells
-from rabbitmq_node import cluster_nodes
+from node import cluster_nodes
 
 from task_queue import QUEUE
 

@@ -14,7 +14,7 @@ import pexpect
 import pytest
 import rabbitmq
 from conftest import DEADLINE, ROOT
-from rabbitmq_node import Node, free_port
+from node import Node, free_port
 
 import task_queue
 
@@ -158,7 +158,6 @@ def page(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("AMQP_URL", raising=False)
     monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent")  # or it would be a container
     monkeypatch.setattr(rabbitmq, "FOLDER", tmp_path / ".rabbitmq")
-    monkeypatch.setattr(rabbitmq.Container, "record", tmp_path / ".rabbitmq" / "container.json")
     monkeypatch.setattr(rabbitmq, "PORT", free_port())
     monkeypatch.setattr(rabbitmq, "WATCH_PORTS", {what: free_port() for what in rabbitmq.WATCH_PORTS})
     rabbitmq.find()
@@ -201,7 +200,7 @@ def test_a_terminal_shows_ctrl_c_on_a_line_of_its_own(broker):
 def test_queues_are_listed_in_columns(broker, monkeypatch, capsys):
     with broker.connect() as connection:
         connection.channel().queue_declare(task_queue.DEAD_LETTERS, durable=True, arguments=task_queue.QUORUM)
-    monkeypatch.setattr(rabbitmq, "started", lambda: [broker.node])
+    monkeypatch.setattr(rabbitmq, "started", lambda: broker.node)
     rabbitmq.queues()
     heading, *rows = capsys.readouterr().out.splitlines()
     assert {row.split()[0] for row in rows} >= {task_queue.QUEUE, task_queue.DEAD_LETTERS}

@@ -5,7 +5,7 @@ import urllib.parse
 import pytest
 import trustme
 from conftest import Node, Shells
-from rabbitmq_node import free_port
+from node import free_port
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import urllib.request
 
 import pytest
 from conftest import Broker, Node, Shells
-from rabbitmq_node import free_port
+from node import free_port
 
 pytestmark = pytest.mark.xdist_group("watched_node")
 

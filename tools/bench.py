@@ -30,12 +30,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import apt
 import pika
 import psutil
+from node import Node, NodeError
 from pika.exceptions import AMQPError
 from processes import ROOT, Script
-from rabbitmq_node import Node, NodeError
+from rabbitmq import install
 
 sys.path.insert(0, str(ROOT))
 from task_queue import QUEUE, QUORUM
@@ -790,9 +790,9 @@ def arguments() -> argparse.Namespace:
 def install_c_clients() -> None:
     """Install the two C clients through apt where that may be used. Without them, their rows are left out."""
     if not shutil.which("amqp-publish"):
-        apt.install("amqp-tools")
+        install("amqp-tools")
     if not any(Path(include, "amqp.h").exists() for include in ("/usr/include", "/usr/local/include")):
-        apt.install("librabbitmq-dev")
+        install("librabbitmq-dev")
 
 
 def main() -> int:

@@ -34,9 +34,9 @@ from pathlib import Path
 from subprocess import PIPE, TimeoutExpired
 
 import pika
+from node import Node, NodeError
 from pika.exceptions import AMQPError, ChannelClosedByBroker
 from processes import ROOT, Script
-from rabbitmq_node import Node, NodeError
 from tcp_proxy import TcpProxy
 
 sys.path.insert(0, str(ROOT))

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import pika
+from node import NodeError, cluster_nodes
 from processes import ROOT, Script
-from rabbitmq_node import NodeError, cluster_nodes
 
 sys.path.insert(0, str(ROOT))
 from task_queue import QUEUE, settled_arguments

@@ -1,5 +1,6 @@
-"""Run worker.py and new_task.py as real processes and read what they print, for the tests, chaos and the benchmarks."""
+"""Runs worker.py and new_task.py as real processes and reads what they print, for whatever plays with them."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,6 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # How long a line may take to appear. Nothing here takes that long unless it is broken.
 DEADLINE = 30
 
+# What ends a program early: Ctrl+C, kill, a closed terminal.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class Line(NamedTuple):
     """A line that a process printed: when (monotonic seconds), where ("stdout" or "stderr"), and its text."""
@@ -26,16 +30,21 @@ class Line(NamedTuple):
 class Script:
     """A running script. Its output is read line by line as it comes, into `lines`.
 
-    command: the words behind `python`. url: AMQP_URL for it. stdin: as for Popen; nothing by default.
+    command: the words behind `python`. url: AMQP_URL for it; None: as it is here. stdin: as for Popen; nothing by
+    default. own_session: a Ctrl+C in this terminal is not meant for it.
     """
 
-    def __init__(self, *command: str, url: str, cwd: Path = ROOT, stdin=subprocess.DEVNULL, environment=()):
+    def __init__(
+        self, *command: str, url: str | None, cwd=ROOT, stdin=subprocess.DEVNULL, environment=(), own_session=False
+    ):
         self.name = " ".join(os.fsdecode(word) for word in command)
         self.lines: list[Line] = []
         self._changed = threading.Condition()
-        settings = {**os.environ, "AMQP_URL": url, **dict(environment)}
+        settings = {**os.environ, **({"AMQP_URL": url} if url else {}), **dict(environment)}
         pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self.process = subprocess.Popen([sys.executable, *command], cwd=cwd, env=settings, **pipes)
+        self.process = subprocess.Popen(
+            [sys.executable, *command], cwd=cwd, env=settings, start_new_session=own_session, **pipes
+        )
         streams = {"stdout": self.process.stdout, "stderr": self.process.stderr}
         self._readers = [threading.Thread(target=self._read, args=item, daemon=True) for item in streams.items()]
         for reader in self._readers:
@@ -95,3 +104,42 @@ class Script:
     def __str__(self) -> str:
         printed = "\n".join(f"  {line.stream}: {line.text}" for line in self.lines)
         return f"{self.name} (exit status {self.process.poll()}) printed\n{printed}"
+
+
+def wait_until(condition, what: str, within: float = DEADLINE) -> None:
+    """Return when condition() holds; AssertionError if it doesn't come to that in time."""
+    deadline = time.monotonic() + within
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what}: not within {within} s")
+        time.sleep(0.05)
+
+
+def raise_on_signals() -> None:
+    """Let the signals that end a program raise KeyboardInterrupt, with the signal's number as its argument."""
+
+    def interrupt(number: int, _) -> None:
+        raise KeyboardInterrupt(number)
+
+    for number in SIGNALS:
+        signal.signal(number, interrupt)
+
+
+def ignore_signals() -> None:
+    """Let them do nothing: what a program does at its end must not be left undone."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def signals_held():
+    """Let them wait until this block is left: else one might come when a process runs that nobody knows of yet."""
+    came = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)

@@ -1,106 +1,96 @@
 """Finds or starts the RabbitMQ that the demo plays on, and stops what it started.
 
-    .venv/bin/python tools/rabbitmq.py start       find a RabbitMQ that runs, or start one
-    .venv/bin/python tools/rabbitmq.py stop        stop what was started here, and nothing else
-    .venv/bin/python tools/rabbitmq.py kill        end it at once, as a power cut would
-    .venv/bin/python tools/rabbitmq.py queues      show its queues
-    .venv/bin/python tools/rabbitmq.py programs    see that RabbitMQ's programs are installed, for the tests
-
-What was started is written down in .rabbitmq/, and its data are kept there, or in the container's volume.
+.venv/bin/python tools/rabbitmq.py start       find a RabbitMQ that runs, or start one
+.venv/bin/python tools/rabbitmq.py queues      show its queues
+.venv/bin/python tools/rabbitmq.py kill        end it at once, as a power cut would
+.venv/bin/python tools/rabbitmq.py stop        stop what was started here, and nothing else
+.venv/bin/python tools/rabbitmq.py clean       stop it, and delete what Docker keeps of it
+.venv/bin/python tools/rabbitmq.py programs    see that RabbitMQ's programs are installed, for the tests
 """
 
 import json
 import os
-import socket
+import re
+import shutil
 import subprocess
 import sys
 import time
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
-import apt
-from rabbitmq_node import Node, NodeError, answers_amqp, find_programs, free_port
+from node import Node, NodeError, answers_amqp, find_programs, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # for task_queue.py
+sys.path.insert(0, str(ROOT))  # for task_queue
 
-# The private node with its data, and the record of a container: whatever the demo starts is written down in here.
+# The private node keeps everything here.
 FOLDER = ROOT / ".rabbitmq"
 
-# The port that RabbitMQ has everywhere; what listens on it needs no AMQP_URL.
+# The ports that RabbitMQ has everywhere: for AMQP, and for watching it (management UI, metrics for Prometheus).
 PORT = 5672
-
-# How long Docker may take for a command (stopping a container takes it 10 s when RabbitMQ hangs), and how long a
-# killed container may take to answer again.
-DOCKER_TIMEOUT, RESTART_TIMEOUT = 40, 60
-
-# For watching it: the management UI, and the metrics for Prometheus, on the ports that they have everywhere.
 WATCH_PORTS = {"management": 15672, "prometheus": 15692}
 
 # RabbitMQ tells how many tasks a queue holds as of five seconds ago. Who follows the tutorial wants to see what is.
 FRESH_FIGURES = "[{rabbit, [{quorum_tick_interval, 1000}]}]."
 
-OPTIONS = (
-    "No RabbitMQ, and no way to start one here. Do one of these and try again: set AMQP_URL to a RabbitMQ that runs; "
-    "start Docker; install RabbitMQ (Debian, Ubuntu: sudo apt-get install rabbitmq-server; macOS: brew install "
-    "rabbitmq), or name the folder of its programs in RABBITMQ_BIN"
-)
+COLUMNS = ("name", "messages_ready", "messages_unacknowledged", "consumers")
 
 
 class Container:
-    """RabbitMQ as the service `rabbitmq` of docker-compose.yml, started by us. It has what the demo uses of a Node."""
+    """RabbitMQ as the service of docker-compose.yml, with what is used of a Node here.
 
-    record = FOLDER / "container.json"
+    It has a Compose project of its own: what `docker compose up` starts in this folder is left alone.
+    """
 
-    def __init__(self, identity: str, port: int):
-        self.identity, self.port = identity, port
+    port = PORT
+    project = re.sub("[^a-z0-9]+", "-", f"demo{ROOT}".lower())
 
     @property
     def running(self) -> bool:
         """Whether the container runs."""
-        return bool(_docker("ps", "-q", "--no-trunc", "--filter", f"id={self.identity}").stdout.strip())
+        with suppress(NodeError):  # no Docker
+            return bool(self.compose("ps", "-q", "rabbitmq"))
+        return False
+
+    def start(self) -> "Container":
+        """Start the container and return it when it is ready. Its data from an earlier run are kept."""
+        self.compose("up", "-d", "--wait", "--quiet-pull", "rabbitmq", timeout=None)
+        return self
+
+    wait_until_ready = start  # one that runs already is not started again
+
+    def stop(self) -> None:
+        """Stop the container in good order; its data stay in a volume."""
+        self.compose("down")
 
     def kill(self) -> None:
         """End RabbitMQ at once (SIGKILL), as a power cut would."""
-        _docker("kill", self.identity)
-
-    def start(self) -> "Container":
-        """Start the container again, with its data, and return it when it answers AMQP."""
-        _docker("start", self.identity)
-        return self.wait_until_ready()
-
-    def wait_until_ready(self) -> "Container":
-        """Return the container when it answers AMQP."""
-        deadline = time.monotonic() + RESTART_TIMEOUT
-        while not answers_amqp("127.0.0.1", self.port):
-            if time.monotonic() > deadline:
-                raise NodeError(f"RabbitMQ did not come back in its container, see: docker logs {self.identity[:12]}")
-            time.sleep(0.1)
-        return self
+        self.compose("kill", "rabbitmq")
 
     def ctl(self, *arguments: str) -> str:
         """Run rabbitmqctl in the container and return what it prints."""
-        done = _docker("exec", "--user", "rabbitmq", self.identity, "rabbitmqctl", "-q", *arguments)
-        if done.returncode:
-            raise NodeError(f"rabbitmqctl {arguments[0]} failed: {(done.stderr or done.stdout).strip()}")
-        return done.stdout
+        return self.compose("exec", "-T", "--user", "rabbitmq", "rabbitmq", "rabbitmqctl", "-q", *arguments)
 
-    def stop(self) -> None:
-        """Stop the container in good order; it keeps its data."""
-        _docker("stop", self.identity)
-
-    def save(self) -> "Container":
-        """Write down that this container is ours."""
-        FOLDER.mkdir(exist_ok=True)
-        self.record.write_text(json.dumps({"identity": self.identity, "port": self.port}))
-        return self
-
-    @classmethod
-    def load(cls) -> "Container | None":
-        """Return the container that an earlier command started, or None."""
+    def compose(self, *arguments: str, timeout: float | None = 40) -> str:
+        """Run docker compose and return what it prints; NodeError where it fails, or is missing."""
+        command = ["docker", "compose", "-p", self.project, *arguments]
+        settings = {**os.environ, "AMQP_PORT": str(self.port)}
         try:
-            return cls(**json.loads(cls.record.read_text()))
-        except (OSError, ValueError, TypeError):
-            return None
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=settings,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise NodeError(f"Docker can't: {error}") from None
+        if done.returncode:
+            raise NodeError(f"Docker can't: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
+        return done.stdout
 
 
 def find() -> Node | Container | None:
@@ -112,13 +102,21 @@ def find() -> Node | Container | None:
         connect("demo").close()
         say("using the one that AMQP_URL names")
         return None
-    port = answering() or resumed() or start_container() or start_node() or start_installed()
-    if port is None:
-        raise NodeError(OPTIONS)
-    server = next((server for server in started() if server.port == port), None)
-    if port != PORT:
-        os.environ["AMQP_URL"] = f"amqp://guest:guest@127.0.0.1:{port}/%2F"
-        say(f"not on its usual port, so in every shell: export AMQP_URL={os.environ['AMQP_URL']}")
+    server = started()
+    if answers_amqp("localhost", PORT):
+        say(f"using the one that answers on localhost:{PORT}")
+        return server if server and server.port == PORT else None
+    if server:
+        server.wait_until_ready()
+        say(f"using the one started earlier on localhost:{server.port}")
+    elif not (server := start_container()):
+        see_programs()
+        if answers_amqp("localhost", PORT):  # a package that has just been installed may start its service
+            return find()
+        server = start_node()
+    if server.port != PORT:
+        os.environ["AMQP_URL"] = server.url
+        say(f"not on its usual port, so in every shell: export AMQP_URL={server.url}")
     return server
 
 
@@ -132,159 +130,118 @@ def connect(name: str):
         raise NodeError(str(problem)) from None
 
 
-# The ways to a RabbitMQ, in the order in which they are tried. Each returns the port, or None if it leads nowhere.
+def started() -> Node | Container | None:
+    """Return what was started here and still runs."""
+    return next((server for server in (Node.load(FOLDER), Container()) if server and server.running), None)
 
 
-def answering() -> int | None:
-    """Use what runs on RabbitMQ's usual port, whoever started it."""
-    if not answers_amqp("localhost", PORT):
+def start_container() -> Container | None:
+    """Start the container, where a Docker engine runs and can do it."""
+    if not shutil.which("docker") or subprocess.run(["docker", "version"], capture_output=True).returncode:
         return None
-    say(f"using the one that answers on localhost:{PORT}")
-    return PORT
-
-
-def resumed() -> int | None:
-    """Use what was started here earlier, if it is on another port, or not ready yet."""
-    for server in started():
-        server.wait_until_ready()
-        say(f"using the one started earlier on localhost:{server.port}")
-        return server.port
-    return None
-
-
-def start_container() -> int | None:
-    """Start the service of docker-compose.yml, given a Docker engine."""
-    if not _docker("version", "--format", "{{.Server.Version}}").stdout.strip():
-        return None  # no docker at all, or a client without an engine
-    say("starting it with Docker (docker compose up -d --wait rabbitmq)")
-    theirs = _compose("ps", "-q", "rabbitmq").stdout.strip()  # it runs already: somebody has just started it
+    say("starting it with Docker (docker compose up)")
+    container = Container()
     try:
-        up = _compose("up", "-d", "--wait", "--quiet-pull", "rabbitmq", timeout=None)
-    finally:
-        container = _composed()
-        if container and not theirs:
-            container.save()
-    if up.returncode == 0 and container:
+        container.start()
         say(f"ready on localhost:{container.port}")
-        return container.port
-    say(f"Docker can't: {(up.stderr.strip().splitlines() or ['no reason given'])[-1].strip()}")
-    if container and not theirs:
-        _forget(container)
+        return container
+    except NodeError as problem:
+        say(str(problem))
+    with suppress(NodeError):  # what there is of it
+        container.stop()
     return None
 
 
-def _composed() -> Container | None:
-    identity = _compose("ps", "-a", "-q", "rabbitmq").stdout.strip()
-    address = _compose("port", "rabbitmq", str(PORT)).stdout.strip()
-    return Container(identity, int(address.rpartition(":")[2] or PORT)) if identity else None
-
-
-def start_node() -> int | None:
-    """Start a private node with its data in .rabbitmq/, where RabbitMQ is installed."""
-    if find_programs() is None:
-        return None
+def start_node() -> Node:
+    """Start a private node."""
     node = Node.load(FOLDER) or Node(FOLDER)
-    node.port = _usual_or_free(PORT)
-    ports = {what: _usual_or_free(usual) for what, usual in WATCH_PORTS.items()}
+    node.port = free_port(PORT)
+    ports = {what: free_port(usual) for what, usual in WATCH_PORTS.items()}
     node.config = "".join(f"{what}.tcp.ip = 127.0.0.1\n{what}.tcp.port = {port}\n" for what, port in ports.items())
     node.plugins, node.advanced = [f"rabbitmq_{what}" for what in ports], FRESH_FIGURES
     say(f"starting a private node, with its data in {FOLDER.name}/")
     began = time.monotonic()
     try:
         node.start()
-    except NodeError as error:
-        why = str(error).splitlines()[0]
+    except NodeError as problem:
+        why = str(problem).splitlines()[0]
         raise NodeError(f"{why}; if it can't read the data of another version, make clean deletes them") from None
     ready = f"ready on localhost:{node.port} after {time.monotonic() - began:.0f} s"
     say(f"{ready}, with its management UI on http://localhost:{ports['management']}")
-    return node.port
-
-
-def start_installed() -> int | None:
-    """Install RabbitMQ where apt may be used. Its service runs then, or does not, as for instance in a container."""
-    return (answering() or start_node()) if apt.install("rabbitmq-server") else None
-
-
-def _usual_or_free(port: int) -> int:
-    return port if _is_free(port) else free_port()
-
-
-def _is_free(port: int) -> bool:
-    # Two questions, as macOS lets a second program bind 127.0.0.1 where another listens on all addresses.
-    try:
-        with socket.create_connection(("localhost", port), 1):
-            return False
-    except OSError:
-        pass
-    try:
-        with socket.create_server(("127.0.0.1", port)):
-            return True
-    except OSError:
-        return False
-
-
-def started() -> list[Node | Container]:
-    """Return what was started here and still runs."""
-    return [server for server in _recorded() if server.running]
+    return node
 
 
 def stop() -> None:
     """Stop the node or the container that was started here; both keep their data."""
-    if not started():
-        say("nothing to stop, as none was started here")
-    for server in started():
+    if server := started():
         say(f"stopping the {type(server).__name__.lower()} on localhost:{server.port}")
-    for server in _recorded():
-        _forget(server)
+        server.stop()
+    else:
+        say("nothing to stop, as none was started here")
+    if node := Node.load(FOLDER):
+        node.close()  # with the port mapper of one that was killed
+
+
+def clean() -> None:
+    """Stop it, and delete what Docker keeps of it: container, network, and the volume with the data."""
+    stop()
+    with suppress(NodeError):  # no Docker
+        Container().compose("down", "--volumes")
 
 
 def kill() -> None:
     """Kill the node or the container that was started here; both keep their data."""
-    for server in _ours():
-        server.kill()
-        say(f"killed the {type(server).__name__.lower()} on localhost:{server.port}")
+    server = started()
+    if not server:
+        raise NodeError(
+            "this kills only a RabbitMQ that make started, and none of these runs. Your own one: sudo systemctl kill "
+            "--signal=SIGKILL rabbitmq-server, or docker kill. To get one of make: stop yours, then make rabbitmq"
+        )
+    server.kill()
+    say(f"killed the {type(server).__name__.lower()} on localhost:{server.port}")
 
 
 def queues() -> None:
-    """Show the queues of the RabbitMQ that was started here."""
-    for server in _ours():
-        listed = server.ctl("list_queues", "name", "messages_ready", "messages_unacknowledged", "consumers")
-        rows = [line.split("\t") for line in listed.splitlines()]
-        # Under their headings: rabbitmqctl puts a tab between them, and leaves it at that.
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            print("  ".join(map(str.ljust, row, widths)).rstrip())
+    """Show the queues of the RabbitMQ that was started here, or else of another one on this machine."""
+    server = started()
+    rows = as_rows(server.ctl("list_queues", *COLUMNS)) if server else of_another()
+    # Under their headings: rabbitmqctl puts a tab between them, and leaves it at that.
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
-def _ours() -> list[Node | Container]:
-    if not started():
-        raise NodeError("no RabbitMQ that was started here is running: use your own one's commands, or make rabbitmq")
-    return started()
+def as_rows(listed: str) -> list[list[str]]:
+    """Return what `rabbitmqctl list_queues` prints as rows of cells."""
+    return [line.split("\t") for line in listed.splitlines()]
 
 
-def _recorded() -> list[Node | Container]:
-    return [server for server in (Node.load(FOLDER), Container.load()) if server]
-
-
-def _forget(server: Node | Container) -> None:
-    """Stop it and delete the record that it is ours, so that the next one gets fresh ports."""
-    try:
-        server.stop()
-    finally:
-        if isinstance(server, Node):
-            server.close()
-            (FOLDER / "node.json").unlink()
-        else:
-            server.record.unlink()
+def of_another() -> list[list[str]]:
+    """Return the same from the installed rabbitmqctl, as this user or root, or else from the management plugin."""
+    command = ["rabbitmqctl", "-q", "list_queues", *COLUMNS]
+    if not os.environ.get("AMQP_URL"):  # which may name another machine's
+        for sudo in ([], ["sudo", "-n"]):
+            with suppress(OSError, subprocess.CalledProcessError):
+                return as_rows(subprocess.run([*sudo, *command], capture_output=True, text=True, check=True).stdout)
+        guest = {"Authorization": "Basic Z3Vlc3Q6Z3Vlc3Q="}  # guest:guest, the only user that a new RabbitMQ has
+        request = urllib.request.Request("http://localhost:15672/api/queues", headers=guest)
+        with suppress(OSError, ValueError), urllib.request.urlopen(request, timeout=5) as answer:
+            return [COLUMNS, *([str(queue.get(column, 0)) for column in COLUMNS] for queue in json.load(answer))]
+    raise NodeError(f"no RabbitMQ that make started runs. Where your own one does, type: sudo {' '.join(command)}")
 
 
 def see_programs() -> None:
     """See that RabbitMQ's programs are installed, through apt where it may be used; NodeError if they are not."""
-    if find_programs() is None and not (apt.install("rabbitmq-server") and find_programs()):
-        raise NodeError(
-            "RabbitMQ is not installed, and this can't install it. Install it (Debian, Ubuntu: sudo apt-get install "
-            "rabbitmq-server; macOS: brew install rabbitmq) or name the folder of its programs in RABBITMQ_BIN"
-        )
+    try:
+        find_programs()
+    except NodeError:
+        if os.environ.get("RABBITMQ_BIN") or not install("rabbitmq-server"):
+            raise
+
+
+def install(package: str) -> bool:
+    """Install a package on Debian and Ubuntu. False where that can't be done, or fails."""
+    return subprocess.call([ROOT / "tools" / "apt.sh", package]) == 0
 
 
 def say(what: str) -> None:
@@ -292,31 +249,16 @@ def say(what: str) -> None:
     print(f"RabbitMQ: {what}", flush=True)
 
 
-def _compose(*arguments: str, timeout: float | None = DOCKER_TIMEOUT) -> subprocess.CompletedProcess:
-    return _docker("compose", *arguments, timeout=timeout)
-
-
-def _docker(*arguments: str, timeout: float | None = DOCKER_TIMEOUT) -> subprocess.CompletedProcess:
-    """Run docker in the project's folder; a failure, also a missing docker, shows in returncode and stderr."""
-    command = ["docker", *arguments]
-    try:
-        return subprocess.run(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return subprocess.CompletedProcess(command, 1, "", str(error))
-
-
 def main() -> int:
     """Do what the command line says."""
-    commands = {"start": find, "stop": stop, "kill": kill, "queues": queues, "programs": see_programs}
+    commands = {"start": find, "queues": queues, "kill": kill, "stop": stop, "clean": clean, "programs": see_programs}
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
         print(__doc__, file=sys.stderr)
         return 2
     try:
         commands[sys.argv[1]]()
-    except NodeError as error:
-        print(f" [!] {str(error).splitlines()[0]}", file=sys.stderr)
+    except NodeError as problem:
+        print(f" [!] {str(problem).splitlines()[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -7,39 +7,20 @@ each shell showed, at the moment when it did. The picture plays by itself, over 
 """
 
 import argparse
-import shutil
-import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-from processes import ROOT, Script
-from rabbitmq_node import Node, NodeError
-
-LONG_TASK = "A long one....."
+from node import Node, NodeError
+from processes import ROOT, Line, Script, ignore_signals, raise_on_signals, signals_held
 
 # Pauses in seconds. A person needs a moment before the next command, and to see the end before it starts again.
-BEFORE_A_COMMAND = 0.5
-MID_TASK = 2
-AT_THE_END = 5
+BEFORE_A_COMMAND, MID_TASK, AT_THE_END = 0.5, 2, 5
 
 # Measures of the picture, in its own units: as wide as a page of text, and still readable on a phone.
 WIDTH, PADDING, TITLE_HEIGHT, LINE_HEIGHT, GAP = 720, 14, 34, 24, 14
-
-
-class Shown(NamedTuple):
-    """A line that a shell showed: when (seconds since the start), which shell (1 to 3), its kind, and its text.
-
-    kind: "typed" for what a person types, else where it was printed, "stdout" or "stderr".
-    """
-
-    at: float
-    shell: int
-    kind: str
-    text: str
 
 
 class Recorder:
@@ -47,98 +28,84 @@ class Recorder:
 
     def __init__(self, url: str):
         self.url = url
-        self.began = time.monotonic()
-        self.typed: list[Shown] = []
+        self.typed: dict[int, list[Line]] = {1: [], 2: [], 3: []}
         self.scripts: list[tuple[int, Script]] = []
 
     def type(self, shell: int, text: str) -> None:
         """Note what a person types in a shell."""
-        self.typed.append(Shown(time.monotonic() - self.began, shell, "typed", text))
+        self.typed[shell].append(Line(time.monotonic(), "typed", text))
 
     def run(self, shell: int, *command: str) -> Script:
         """Start one of the two scripts in a shell, after a moment, and return it running."""
         time.sleep(BEFORE_A_COMMAND)
         self.type(shell, " ".join(["$ python", *command]))
-        self.scripts.append((shell, Script(*command, url=self.url)))
+        with signals_held():
+            self.scripts.append((shell, Script(*command, url=self.url)))
         return self.scripts[-1][1]
 
-    def send(self, task: str) -> None:
+    def send(self, *words: str) -> None:
         """Send a task from shell 3."""
-        sender = self.run(3, "new_task.py", *task.split())
-        sender.wait_for(" [x] Sent")
+        sender = self.run(3, "new_task.py", *words)
+        sender.wait_for("[x] Sent")
         sender.ends()
 
-    def shown(self) -> list[Shown]:
-        """Return what all shells have shown, in order."""
-        printed = [
-            Shown(line.at - self.began, shell, line.stream, line.text)
-            for shell, script in self.scripts
-            for line in script.lines
-        ]
-        return sorted(self.typed + printed, key=lambda line: line.at)
+    def play(self) -> None:
+        """Play the scene: a worker is stopped in the middle of a task, and the other one does it."""
+        first, second = self.run(1, "worker.py"), self.run(2, "worker.py")
+        for worker in (first, second):
+            worker.wait_for("[*] Waiting")
+        self.send("First", "message.")
+        first.wait_for("Received 'First")  # it is busy, so the second task is for the other one
+        self.send("Second", "message..")
+        second.wait_for("Received 'Second")
+        first.wait_for("Done")
+        self.send("A", "long", "one.....")
+        first.wait_for("Received 'A long")
+        time.sleep(MID_TASK)
+        self.type(1, "^C")
+        first.ctrl_c()
+        first.ends()
+        self.type(1, "$")
+        second.wait_for("(redelivered)")
+        second.wait_for("Done", times=2)
 
-    def close(self) -> None:
-        """End whatever still runs."""
-        for _, script in self.scripts:
-            script.kill()
-
-
-def play(shells: Recorder) -> list[Shown]:
-    """Play the scene and return what the shells showed: a worker is stopped mid-task, the other does its task."""
-    first = shells.run(1, "worker.py")
-    first.wait_for("[*] Waiting")
-    second = shells.run(2, "worker.py")
-    second.wait_for("[*] Waiting")
-    shells.send("First message.")
-    first.wait_for("Received 'First")  # it is busy, so the second task is for the other one
-    shells.send("Second message..")
-    second.wait_for("Received 'Second")
-    first.wait_for("Done")
-    shells.send(LONG_TASK)
-    first.wait_for("Received 'A long")
-    time.sleep(MID_TASK)
-    shells.type(1, "^C")
-    first.ctrl_c()
-    first.ends()
-    shells.type(1, "$")
-    second.wait_for("(redelivered)")
-    second.wait_for("Done", times=2)
-    return shells.shown()
+    def shown(self, shell: int) -> list[Line]:
+        """Return the lines that a shell has shown, in order."""
+        return sorted(self.typed[shell] + [line for at, script in self.scripts if at == shell for line in script.lines])
 
 
-def draw(shown: list[Shown]) -> str:
+def draw(shells: dict[int, list[Line]]) -> str:
     """Return the picture: a pane for each shell, and in it the lines that it showed, each coming at its moment."""
-    length = shown[-1].at + AT_THE_END
+    # Both workers wait already when it begins, with the first command in shell 3.
+    began = shells[3][0].at
+    length = max(lines[-1].at for lines in shells.values()) - began + AT_THE_END
     panes, moments, top = [], [], 0
-    for shell in (1, 2, 3):
-        lines = [line for line in shown if line.shell == shell]
+    for shell, lines in shells.items():
         height = TITLE_HEIGHT + LINE_HEIGHT * len(lines) + PADDING
         panes.append(
             f'<rect class="pane" x="1" y="{top + 1}" width="{WIDTH - 2}" height="{height - 2}" rx="8"/>\n'
             f'<text class="title" x="{PADDING}" y="{top + 22}">Shell {shell}</text>'
         )
         for number, line in enumerate(lines):
-            moment = f"m{len(moments)}"
-            moments.append(
-                f"@keyframes {moment} {{ 0% {{ opacity: 0 }} {100 * line.at / length:.2f}% {{ opacity: 1 }} }}\n"
-                f".{moment} {{ animation-name: {moment} }}"
-            )
             y = top + TITLE_HEIGHT + LINE_HEIGHT * number + 16
-            panes.append(f'<text class="line {line.kind} {moment}" x="{PADDING}" y="{y}">{marked_up(line)}</text>')
+            text = escape(line.text).replace("(redelivered)", '<tspan class="mark">(redelivered)</tspan>')
+            classes = f"line {line.stream}"
+            if line.at > began:
+                classes += f" m{len(moments)}"
+                moment = f"0% {{ opacity: 0 }} {100 * (line.at - began) / length:.2f}% {{ opacity: 1 }}"
+                moments.append(
+                    "@keyframes m{0} {{ {1} }} .m{0} {{ animation-name: m{0} }}".format(len(moments), moment)
+                )
+            panes.append(f'<text class="{classes}" x="{PADDING}" y="{y}">{text}</text>')
         top += height + GAP
     return PICTURE.format(
-        width=WIDTH, height=top - 6, bar=top - 10, length=f"{length:.1f}", moments="\n".join(moments),
-        panes="\n".join(panes),
+        width=WIDTH, height=top - 6, bar=top - 10, time=f"{length:.1f}s -{length - AT_THE_END / 2:.1f}s",
+        moments="\n".join(moments), panes="\n".join(panes),
     )  # fmt: skip
 
 
-def marked_up(line: Shown) -> str:
-    """Return the text of a line, with a mark on the word that this picture is about."""
-    mark = "(redelivered)"
-    return escape(line.text).replace(mark, f'<tspan class="mark">{mark}</tspan>')
-
-
-# Without animation, all lines are there: that is what a viewer shows who wants no motion, or a program that knows none.
+# Without animation, all lines are there: for a viewer who wants no motion, or a program that knows none. With it, the
+# end comes first (by a negative delay): so the first frame, which is all that some show, tells the story.
 PICTURE = """\
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img" \
 aria-labelledby="title desc">
@@ -148,13 +115,13 @@ aria-labelledby="title desc">
 middle of the third one, which is redelivered to the worker in shell 2, and done there.</desc>
 <style>
 text {{ font: 17px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; fill: #1f2328 }}
-.line {{ white-space: pre; animation: {length}s step-end infinite }}
+.line {{ white-space: pre; animation: {time} step-end infinite }}
 .title {{ font: 600 15px system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; fill: #59636e }}
 .pane {{ fill: #f6f8fa; stroke: #818b98; stroke-width: 2 }}
 .typed {{ font-weight: 600 }}
 .stderr, .mark {{ fill: #bc4c00 }}
 .mark {{ font-weight: 600 }}
-.bar {{ fill: #818b98; animation: bar {length}s linear infinite }}
+.bar {{ fill: #818b98; animation: bar {time} linear infinite }}
 @keyframes bar {{ 0% {{ transform: scaleX(0) }} }}
 {moments}
 @media (prefers-color-scheme: dark) {{
@@ -164,10 +131,7 @@ text {{ fill: #e6edf3 }}
 .stderr, .mark {{ fill: #f0883e }}
 .bar {{ fill: #6e7681 }}
 }}
-@media (prefers-reduced-motion: reduce) {{
-.line {{ animation: none }}
-.bar {{ display: none }}
-}}
+@media (prefers-reduced-motion: reduce) {{ .line {{ animation: none }} .bar {{ display: none }} }}
 </style>
 {panes}
 <!-- How far it is: in a long task nothing else moves. -->
@@ -178,23 +142,15 @@ text {{ fill: #e6edf3 }}
 
 def record(url: str, output: Path) -> None:
     """Play the scene on the RabbitMQ at this URL, and write the picture."""
-    shells = Recorder(url)
+    recorder = Recorder(url)
     try:
-        output.write_text(draw(play(shells)))
+        recorder.play()
+        output.write_text(draw({shell: recorder.shown(shell) for shell in (1, 2, 3)}))
     finally:
-        shells.close()
+        ignore_signals()
+        for _, script in recorder.scripts:
+            script.kill()
     print(f"wrote {output}: {output.stat().st_size / 1000:.1f} kB")
-
-
-def record_on_a_node_of_its_own(output: Path) -> None:
-    """Do it on a RabbitMQ that is started for it, and gone with its data afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="recording-"))
-    node = Node(folder)
-    try:
-        record(node.start().url, output)
-    finally:
-        node.close()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> int:
@@ -203,15 +159,17 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "recording.svg", help="file to write")
     parser.add_argument("--url", help="a RabbitMQ to play on, with nothing in its task_queue and no other worker")
     found = parser.parse_args()
-    # kill does as Ctrl+C does: what was started is ended, and no picture is written. Both set explicitly, as a shell
-    # lets `make recording &` ignore Ctrl+C.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    raise_on_signals()
     try:
         if found.url:
             record(found.url, found.output)
-        else:
-            record_on_a_node_of_its_own(found.output)
+            return 0
+        with tempfile.TemporaryDirectory(prefix="recording-", ignore_cleanup_errors=True) as folder:
+            node = Node(folder)
+            try:
+                record(node.start().url, found.output)
+            finally:
+                node.close()
     except KeyboardInterrupt:
         return 130
     except (NodeError, AssertionError) as problem:

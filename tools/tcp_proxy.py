@@ -1,29 +1,57 @@
 """A TCP proxy on loopback that breaks connections in the ways that networks do, for the tests and chaos."""
 
-import fcntl
-import selectors
+import contextlib
 import socket
-import sys
-import termios
+import socketserver
 import threading
 
 
+class Link:
+    """One connection through the proxy: what comes from each of its two ends goes to the other."""
+
+    def __init__(self, near: socket.socket, far: socket.socket):
+        self.held = {near: 0, far: 0}  # how many bytes have come from this end, and wait here
+        self.flowing = threading.Event()  # or else it is stalled
+        self.flowing.set()
+        self.is_cut = False
+
+    def pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        """Pass on what comes from one end, until it is closed; then close both."""
+        with contextlib.suppress(OSError):
+            while received := self._receive(source):
+                target.sendall(received)
+        self.cut()
+
+    def _receive(self, source: socket.socket) -> bytes:
+        try:
+            received = source.recv(1 << 16)
+        except OSError:
+            received = b""
+        # On a stalled link nothing gets on: no bytes, and no news of an end that is closed.
+        self.held[source] = len(received)
+        self.flowing.wait()
+        self.held[source] = 0
+        return received
+
+    def cut(self) -> None:
+        """Close both ends, for the threads that read from them, too."""
+        self.is_cut = True
+        for end in self.held:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self.flowing.set()
+
+
 class TcpProxy:
-    """Passes connections on to a port of this machine, until it is told to cut, stall or refuse them."""
+    """Passes connections on to a port of this machine, until it is told to cut or stall them."""
 
     def __init__(self, target: int):
         self._target = target
-        self._pairs = {}  # socket -> the socket that its bytes go to
-        self._stalled = set()
-        self._refusing = False
-        self.accepted = 0  # how many connections it has passed on, ever
-        self._lock = threading.Lock()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self._wake, self._woken = socket.socketpair()
-        self._ended = False
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._links: list[Link] = []  # all that there ever were
+        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), self._serve)
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
     def url(self) -> str:
@@ -31,96 +59,44 @@ class TcpProxy:
         return f"amqp://guest:guest@127.0.0.1:{self.port}/%2F"
 
     @property
-    def connections(self) -> int:
-        """How many connections are open through it."""
-        return len(self._pairs) // 2
-
-    def cut(self) -> int:
-        """Close every connection, as a router that restarts does. Return how many."""
-        with self._lock:
-            cut = self.connections
-            for end in list(self._pairs):
-                self._drop(end)
-            return cut
-
-    def stall(self) -> int:
-        """Let no more bytes through on the connections of now, and close nothing: a half-open connection.
-
-        Return how many. New connections work.
-        """
-        with self._lock:
-            self._stalled |= set(self._pairs)
-            return self.connections
+    def accepted(self) -> int:
+        """How many connections it has passed on, ever."""
+        return len(self._links)
 
     @property
     def held(self) -> int:
         """How many bytes wait at the stalled connections, as far as this side of the network can tell."""
-        with self._lock:
-            return sum(
-                int.from_bytes(fcntl.ioctl(end, termios.FIONREAD, b"\0" * 4), sys.byteorder) for end in self._stalled
-            )
+        return sum(sum(link.held.values()) for link in self._open() if not link.flowing.is_set())
 
-    def resume(self) -> None:
-        """Let the bytes through again."""
-        with self._lock:
-            self._stalled.clear()
-        self._wake.send(b"x")
+    def cut(self) -> int:
+        """Close every connection, as a router that restarts does. Return how many."""
+        links = self._open()
+        for link in links:
+            link.cut()
+        return len(links)
 
-    def refuse(self, refusing: bool = True) -> None:
-        """Close new connections at once, or stop doing so."""
-        self._refusing = refusing
+    def stall(self) -> int:
+        """Let no more bytes through on the connections of now, and close nothing (half-open). Return how many."""
+        links = self._open()
+        for link in links:
+            link.flowing.clear()
+        return len(links)
 
     def close(self) -> None:
         """End the proxy and its connections."""
-        self._ended = True
-        self._wake.send(b"x")
-        self._thread.join(5)
+        self._server.shutdown()
+        self._server.server_close()
         self.cut()
-        self._listener.close()
 
-    def _run(self) -> None:
-        while not self._ended:
-            # Made anew each time: there are few connections, and the stalled ones must not be listened to.
-            with selectors.DefaultSelector() as selector:
-                with self._lock:
-                    for end in {self._listener, self._woken, *self._pairs} - self._stalled:
-                        selector.register(end, selectors.EVENT_READ)
-                ready = [key.fileobj for key, _ in selector.select(0.5)]
-            for end in ready:
-                with self._lock:
-                    self._serve(end)
+    def _open(self) -> list[Link]:
+        return [link for link in self._links if not link.is_cut]
 
-    def _serve(self, end: socket.socket) -> None:
-        if end is self._woken:
-            end.recv(100)
-        elif end is self._listener:
-            self._accept()
-        elif end in self._pairs and end not in self._stalled:
-            try:
-                received = end.recv(1 << 16)
-                self._pairs[end].sendall(received)
-            except OSError:
-                received = b""
-            if not received:
-                self._drop(end)
-
-    def _accept(self) -> None:
-        near, _ = self._listener.accept()
-        try:
-            if self._refusing:
-                raise ConnectionRefusedError
-            far = socket.create_connection(("127.0.0.1", self._target), 5)
-        except OSError:
-            near.close()
-            return
-        self._pairs |= {near: far, far: near}
-        self.accepted += 1
-
-    def _drop(self, end: socket.socket) -> None:
-        other = self._pairs.pop(end, None)
-        if other:
-            self._pairs.pop(other, None)
-        for one in (end, other):
-            if one:
-                self._stalled.discard(one)
-                one.close()
+    def _serve(self, near: socket.socket, *_) -> None:
+        # In a thread of its own for each connection; the server closes `near` afterwards.
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._target)) as far:
+            link = Link(near, far)
+            self._links.append(link)
+            back = threading.Thread(target=link.pass_on, args=(far, near), daemon=True)
+            back.start()
+            link.pass_on(near, far)
+            back.join()
