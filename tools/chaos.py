@@ -391,12 +391,12 @@ class Run:
     def is_explained(self, task: str, doings: list[Doing]) -> bool:
         """Tell whether faults explain how often a task was done. Once needs no reason.
 
-        Its producer may have sent it once more for each fault that hit the producer before a worker received it. Each
-        worker that was hit between Received and Done may not have acknowledged it, and then another one does it again.
+        Its producer may have sent it once more for each fault that hit the producer before that ended or a worker had
+        the task. Each worker that was hit between Received and Done may not have acknowledged it: then it comes back.
         """
         producer = next(producer for producer in self.producers if task in producer.given)
-        received = min(doing.received for doing in doings)
-        resent = [fault for fault in self.faults if fault.explains(producer, producer.given[task], received)]
+        sent = min([doing.received for doing in doings] + [line.at for line in producer.lines[-1:]])
+        resent = [fault for fault in self.faults if fault.explains(producer, producer.given[task], sent)]
         returned = [d for d in doings if any(fault.explains(d.worker, d.received, d.done) for fault in self.faults)]
         return len(doings) <= 1 + len(resent) + len(returned)
 
