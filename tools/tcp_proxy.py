@@ -48,6 +48,7 @@ class TcpProxy:
     def __init__(self, target: int):
         self._target = target
         self._links: list[Link] = []  # all that there ever were
+        self.silent = False  # whether nothing gets through on new connections
         self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), self._serve)
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
@@ -62,6 +63,11 @@ class TcpProxy:
     def accepted(self) -> int:
         """How many connections it has passed on, ever."""
         return len(self._links)
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open through it."""
+        return len(self._open())
 
     @property
     def held(self) -> int:
@@ -95,6 +101,8 @@ class TcpProxy:
         # In a thread of its own for each connection; the server closes `near` afterwards.
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._target)) as far:
             link = Link(near, far)
+            if self.silent:
+                link.flowing.clear()
             self._links.append(link)
             back = threading.Thread(target=link.pass_on, args=(far, near), daemon=True)
             back.start()
