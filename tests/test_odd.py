@@ -1,0 +1,499 @@
+"""Whatever comes in, and whatever work() does: the workers go on, and no task is lost."""
+
+import contextlib
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import pika
+import pika.data
+import pytest
+from conftest import ROOT, Shells
+from test_faults import headers_of_dead_letter, worker_with  # noqa: F401
+
+from task_queue import QUEUE, address
+
+FOREVER = 60 * "."
+
+
+class Raw(bytes):
+    """A header's value, already encoded: what other clients send, and pika can't."""
+
+
+@pytest.fixture
+def publish(broker, monkeypatch):
+    """A function that publishes a task with headers whose values may be Raw."""
+    encode = pika.data.encode_value
+
+    def encode_value(pieces, value):
+        if not isinstance(value, Raw):
+            return encode(pieces, value)
+        pieces.append(bytes(value))
+        return len(value)
+
+    def publish(task: bytes, headers=None, **properties) -> None:
+        with broker.connect() as connection:
+            channel = connection.channel()
+            channel.confirm_delivery()
+            channel.basic_publish("", QUEUE, task, pika.BasicProperties(headers=headers, **properties), mandatory=True)
+
+    monkeypatch.setattr(pika.data, "encode_value", encode_value)
+    return publish
+
+
+def timestamp(number: int) -> Raw:
+    return Raw(b"T" + struct.pack(">q", number))
+
+
+def array(*values: Raw) -> Raw:
+    return Raw(b"A" + struct.pack(">I", len(b"".join(values))) + b"".join(values))
+
+
+def table(**values: Raw) -> Raw:
+    encoded = b"".join(bytes([len(name)]) + name.encode() + value for name, value in values.items())
+    return Raw(b"F" + struct.pack(">I", len(encoded)) + encoded)
+
+
+def nested(depth: int) -> Raw:
+    value = array()
+    for _ in range(depth):
+        value = array(value)
+    return value
+
+
+MILLISECONDS = timestamp(1_700_000_000_000)
+ODD_HEADERS = {
+    "milliseconds": MILLISECONDS,
+    "before 1970": timestamp(-1),
+    "the least": timestamp(-(2**63)),
+    "the greatest": timestamp(2**63 - 1),
+    "in an array": array(MILLISECONDS, MILLISECONDS),
+    "in a table": table(at=MILLISECONDS, name=Raw(b"S\0\0\0\1x")),
+    "nested": table(a=array(table(at=MILLISECONDS))),
+    "a thousand deep": nested(5000),
+    "a long that no int is": Raw(b"L" + struct.pack(">q", -(2**63))),
+    "a double that no int is": Raw(b"d" + struct.pack(">d", 1e300)),
+    "a decimal": Raw(b"D" + struct.pack(">Bi", 255, -(2**31))),
+    "bytes": Raw(b"x\0\0\0\2\xff\xfe"),
+    "no text": Raw(b"S\0\0\0\2\xff\xfe"),
+}
+
+
+# Headers
+
+
+@pytest.mark.parametrize("value", ODD_HEADERS.values(), ids=ODD_HEADERS)
+def test_a_task_with_an_odd_header_is_done_and_acknowledged(broker, shells, publish, value):
+    publish(b"odd", {"odd": value})
+    publish(b"next")
+    worker = shells.worker()
+    worker.wait_for("[x] Done", times=2)
+    assert worker.output()[1:] == [" [x] Received 'odd'", " [x] Done", " [x] Received 'next'", " [x] Done"]
+    assert worker.output("stderr") == []
+    worker.terminate()
+    assert worker.ends() == 0
+    assert broker.ready() == 0
+
+
+def test_tasks_with_odd_headers_are_set_aside_and_sent_back_with_body_and_message_id(
+    broker,
+    shells,
+    publish,
+    worker_with,  # noqa: F811
+):
+    for name, value in ODD_HEADERS.items():
+        publish(name.encode(), {"odd": value, "plain": "kept"}, message_id=name)
+    failing = shells.start(worker_with("raise ValueError"))
+    failing.wait_for("Set aside", times=len(ODD_HEADERS), within=120)
+    failing.kill()
+    assert shells.start("-m", "task_queue.dead_letters", "list").ends() == 0
+    requeued = shells.start("-m", "task_queue.dead_letters", "requeue")
+    assert requeued.ends() == 0
+    assert len(requeued.output()) == len(ODD_HEADERS)
+    with broker.connect() as connection:
+        channel = connection.channel()
+        tasks = [channel.basic_get(QUEUE, auto_ack=True) for _ in ODD_HEADERS]
+    assert {(properties.message_id, body.decode()) for _, properties, body in tasks} == {(n, n) for n in ODD_HEADERS}
+    milliseconds = next(properties for _, properties, body in tasks if body == b"milliseconds")
+    assert milliseconds.headers["plain"] == "kept"
+
+
+def test_pika_still_needs_the_patch_of_its_decoder():
+    """When this fails, pika can do it by itself: away with _decode_value() in address.py."""
+    with pytest.raises((ValueError, OverflowError, OSError)):
+        address._pikas_decode_value(MILLISECONDS, 0)
+
+
+def test_what_a_sender_says_about_deliveries_does_not_count(broker, shells, publish, worker_with):  # noqa: F811
+    publish(b"liar", {"x-delivery-count": 10})
+    worker = shells.start(worker_with("raise ValueError"))
+    worker.wait_for("Set aside 'liar'")
+    assert len([line for line in worker.output() if "Received" in line]) == 10
+
+
+def test_headers_near_the_size_of_a_frame_do_not_keep_a_task_from_being_set_aside(
+    broker,
+    shells,
+    publish,
+    worker_with,  # noqa: F811
+):
+    publish(b"large", {"large": "x" * 130_000}, message_id="m")
+    worker = shells.start(worker_with("raise ValueError('\\U0001f600' * 10**6)"))
+    worker.wait_for("Set aside 'large'")
+    headers = headers_of_dead_letter(broker)
+    assert "large" not in headers
+    assert len(headers["x-set-aside-because"]) < 1000
+
+
+# What work() raises
+
+ERRORS = {
+    "raise SyntaxError('bad', ('t.txt', 3, '7', 'text'))": "SyntaxError: bad",
+    "raise OSError(2, 'No such file', 'x' * 300_000)": "OSError|FileNotFoundError: ",
+    "raise ValueError": "ValueError (",
+    "raise type('Odd', (Exception,), {'__str__': lambda self: 1 / 0})": "Odd: ",
+    "error = ValueError('why'); error.add_note('note') if hasattr(error, 'add_note') else 0; raise error": "ValueError: why (",
+    "raise ExceptionGroup('several', [ValueError('one')]) if sys.version_info > (3, 11) else ValueError": "",
+    "raise ValueError('two\\nlines')": r"ValueError: two\nlines (",
+    "sys.exit('exit')": "SystemExit: exit (",
+    "raise KeyboardInterrupt": "KeyboardInterrupt (",
+    "raise GeneratorExit": "GeneratorExit (",
+    "import pika; raise pika.exceptions.StreamLostError('mine')": "StreamLostError: mine (",
+    "raise StopIteration": "StopIteration (",
+    "open('/nowhere')": "FileNotFoundError: ",
+    "def f(): f()\n        f()": "RecursionError: ",
+}
+
+
+@pytest.mark.parametrize(("body", "told"), ERRORS.items(), ids=[body[:40] for body in ERRORS])
+def test_whatever_work_raises_is_told_in_one_line(broker, shells, worker_with, body, told):  # noqa: F811
+    worker = shells.start(worker_with(f"if task == b'good': return\n        {body}"))
+    shells.send("bad", "good")
+    worker.wait_for("Failed 'bad'", times=2)
+    for line in worker.output("stderr"):
+        assert line.startswith(" [!] Failed 'bad': ")
+        assert len(line) < 700
+    line = worker.output("stderr")[0].removeprefix(" [!] Failed 'bad': ")
+    assert any(line.startswith(start) for start in told.split("|"))
+    assert "own_worker.py:" in line  # the place is in the user's file, not in one of Python's
+
+
+def test_the_place_of_an_error_is_in_the_users_own_file(broker, shells, worker_with):  # noqa: F811
+    worker = shells.start(worker_with("import pathlib; pathlib.Path('/nowhere').read_text()"))
+    shells.send("bad")
+    assert "(own_worker.py:8). It will be tried again." in worker.wait_for("Failed").text
+
+
+# fork
+
+
+@pytest.mark.parametrize("leave", ["return", "sys.exit()", "raise ValueError", "os._exit(0)"])
+def test_a_process_that_work_forks_touches_no_task(broker, shells, worker_with, leave):  # noqa: F811
+    script = worker_with(f"if os.fork() == 0: {leave}\n        time.sleep(2)")
+    worker = shells.start(script)
+    shells.send("one", "two", "three")
+    worker.wait_for("Received 'two'")
+    assert worker.output().count(" [x] Done") == 1
+    worker.kill()
+    last = shells.worker()  # what the killed worker had in hand is not lost
+    last.wait_for("Received 'two' (redelivered)")
+    last.wait_for("[x] Done", times=2)
+    assert "Received 'three'" in str(last)
+    assert "Traceback" not in str(worker)
+
+
+def test_the_death_of_a_worker_is_noticed_though_a_process_that_it_forked_lives(broker, shells, worker_with):  # noqa: F811
+    child = "import multiprocessing as m; m.get_context('fork').Process(target=time.sleep, args=(30,)).start()"
+    script = worker_with(f"if task == b'fork': {child}; print('forked'); time.sleep(30)")
+    worker = shells.start(script)
+    shells.send("fork")
+    worker.wait_for("forked")
+    os.kill(worker.process.pid, signal.SIGKILL)
+    killed_at = time.monotonic()
+    other = shells.worker()
+    other.wait_for("Received 'fork' (redelivered)")
+    assert time.monotonic() - killed_at < 5
+
+
+# Output
+
+
+@pytest.mark.parametrize(
+    "harm",
+    ["sys.stdout.close()", "sys.stdout = None", "sys.stdout = open(os.devnull, 'w')", "sys.stdout.detach()"],
+)
+def test_what_work_does_to_standard_output_stops_nobody(broker, shells, worker_with, harm):  # noqa: F811
+    worker = shells.start(worker_with(harm))
+    shells.send("one", "two", "three")
+    broker.wait_until(lambda: broker.ready() == 0, "all are taken")
+    worker.terminate()
+    assert worker.ends() == 0
+    assert worker.output("stderr") == [" [!] Stopped by SIGTERM."]
+    if "detach" not in harm:
+        assert worker.output().count(" [x] Done") == 3
+
+
+def test_a_long_task_is_shown_shortened_and_done_whole(broker, shells, worker_with):  # noqa: F811
+    lines = shells.start("new_task.py", "-", stdin=subprocess.PIPE)
+    lines.process.stdin.write(b"x" * 1_000_000 + b"\n")
+    lines.process.stdin.close()
+    assert lines.ends() == 0
+    shells.new_task("y" * 100_000)
+    worker = shells.start(worker_with("print(len(task))"))
+    worker.wait_for("[x] Done", times=2)
+    received = [line for line in worker.output() if "Received" in line]
+    assert received[0].endswith("xxx'... (1000000 bytes)")
+    assert all(len(line) < 600 for line in received)
+    assert "1000000" in worker.output()
+    assert "100000" in worker.output()
+
+
+# A task that can't be set aside
+
+
+@pytest.fixture
+def poor(broker):
+    """A user who may not publish to the default exchange, as an AMQP_URL."""
+    broker.node.ctl("add_user", "poor", "poor")
+    broker.node.ctl("set_permissions", "poor", ".*", "^(?!amq.default$).*", ".*")
+    yield f"amqp://poor:poor@127.0.0.1:{broker.node.port}/"
+    broker.node.ctl("delete_user", "poor")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--graceful"]], ids=["", "graceful"])
+def test_tasks_that_cannot_be_set_aside_stop_no_worker(broker, shells, worker_with, poor, arguments):  # noqa: F811
+    script = worker_with("if task.startswith(b'bad'): raise ValueError")
+    workers = [shells.start(script, *arguments, url=poor) for _ in range(2)]
+    bad = [f"bad {number}" for number in range(3)]
+    shells.send(*bad)
+    for task in bad:
+        broker.wait_until(
+            lambda t=task: f"Can't set aside {t!r}" in f"{workers}{workers[0]}{workers[1]}", f"{task} is held"
+        )
+    shells.send("good 1", "good 2", "good 3", "good 4")
+    broker.wait_until(lambda: f"{workers[0]}{workers[1]}".count("[x] Done") == 4, "the others are done")
+    for worker in workers:
+        assert len([line for line in worker.output("stderr") if "Can't set aside" in line]) <= 3
+        worker.terminate()
+    for worker in workers:
+        assert worker.ends(within=6) == 0
+        assert worker.output("stderr")[-1].startswith(" [!] Stopped by SIGTERM.")
+    broker.wait_until(lambda: broker.ready() == 3, "none is lost")
+
+
+# Stopping
+
+
+def stops_within(worker, seconds: float) -> None:
+    began = time.monotonic()
+    worker.terminate()
+    assert worker.ends(within=30) == 0
+    assert time.monotonic() - began < seconds
+    assert worker.output("stderr")[-1].startswith(" [!] Stopped by SIGTERM.")
+
+
+def test_a_thread_that_work_left_behind_does_not_hold_up_the_end(broker, shells, worker_with):  # noqa: F811
+    worker = shells.start(worker_with("import threading; threading.Thread(target=time.sleep, args=(60,)).start()"))
+    shells.send("thread")
+    worker.wait_for("[x] Done")
+    stops_within(worker, 7)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--graceful"]], ids=["", "graceful"])
+def test_a_worker_that_waits_for_a_silent_network_stops(broker, shells, proxy, arguments):
+    worker = shells.worker(*arguments, url=proxy.url)
+    proxy.stall()
+    proxy.silent = True
+    worker.process.send_signal(signal.SIGCONT)
+    stops_within(worker, 7)
+
+
+def test_a_worker_that_connects_through_a_silent_network_stops(broker, shells, proxy):
+    proxy.silent = True
+    worker = shells.start("worker.py", url=proxy.url)
+    broker.wait_until(lambda: proxy.connections, "it connects")
+    stops_within(worker, 7)
+
+
+def test_a_worker_of_a_frozen_rabbitmq_stops_with_its_line(mortal, mortal_shells):
+    worker = mortal_shells.worker()
+    mortal_shells.send("long" + FOREVER)
+    worker.wait_for("Received")
+    mortal.node.freeze()
+    try:
+        stops_within(worker, 7)
+    finally:
+        mortal.node.thaw()
+    mortal.wait_until(lambda: mortal.ready() == 1, "the task is back")
+
+
+def test_a_graceful_worker_whose_standard_error_is_gone_finishes_its_task(broker, shells):
+    worker = shells.shell(f"exec {sys.executable} worker.py --graceful 2> >(true)")
+    worker.wait_for("[*] Waiting")
+    shells.send("three...")
+    worker.wait_for("Received")
+    worker.terminate()
+    assert worker.ends() == 0
+    assert worker.output()[-1] == " [x] Done"
+
+
+# A worker that can't work
+
+
+def test_a_worker_that_cannot_consume_backs_off_and_says_why_once(broker, shells):
+    """A limit of no connections, for a while."""
+    broker.node.ctl("set_user_limits", "guest", '{"max-connections": 0}')
+    try:
+        worker = shells.start("worker.py")
+        worker.wait_for("connection limit")
+        deadline = time.monotonic() + 10
+        broker.wait_until(lambda: time.monotonic() > deadline, "it tries again and again")
+        assert len(worker.output("stderr")) == 1
+    finally:
+        broker.node.ctl("clear_user_limits", "guest", "all")
+    worker.wait_for("[*] Waiting", within=5)
+
+
+def test_a_worker_whose_permissions_are_taken_away_ends(broker, shells):
+    broker.node.ctl("add_user", "brief", "brief")
+    broker.node.ctl("set_permissions", "brief", ".*", ".*", ".*")
+    try:
+        worker = shells.worker(url=f"amqp://brief:brief@127.0.0.1:{broker.node.port}/")
+        broker.node.ctl("clear_permissions", "brief")
+        broker.node.ctl("close_all_connections", "maintenance")
+        assert worker.ends() == 1
+        assert len(worker.output("stderr")) == 2
+    finally:
+        broker.node.ctl("delete_user", "brief")
+
+
+def test_a_worker_whose_virtual_host_is_deleted_ends(broker, shells):
+    broker.node.ctl("add_vhost", "brief")
+    broker.node.ctl("set_permissions", "-p", "brief", "guest", ".*", ".*", ".*")
+    worker = shells.worker(url=broker.url.replace("%2F", "brief"))
+    broker.node.ctl("delete_vhost", "brief")
+    assert worker.ends() == 1
+    assert "consumer_timeout" not in str(worker)
+    assert "has no virtual host 'brief'" in worker.output("stderr")[-1]
+
+
+def test_one_channel_is_enough(broker, shells):
+    with broker.connect() as connection:
+        connection.channel().queue_delete(QUEUE)
+    url = f"{broker.url}?channel_max=1"
+    assert shells.new_task("task", url=url).output() == [" [x] Sent 'task'"]
+    shells.worker(url=url).wait_for("[x] Done")
+
+
+# A producer
+
+
+def test_a_producer_that_was_stopped_for_long_goes_on(broker, shells, tmp_path):
+    script = tmp_path / "impatient.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import new_task\nfrom task_queue import publisher\npublisher.GIVE_UP_SECONDS = 8\nsys.exit(new_task.main())\n"
+    )
+    producer = shells.start(str(script), "-", stdin=subprocess.PIPE, url=f"{broker.url}?heartbeat=1")
+    producer.process.stdin.write(b"one\n")
+    producer.process.stdin.flush()
+    broker.wait_until(lambda: broker.ready() == 1, "the first task came")
+    producer.process.send_signal(signal.SIGSTOP)
+    producer.process.stdin.write(b"two\n")
+    producer.process.stdin.close()
+    stopped_until = time.monotonic() + 10
+    broker.wait_until(lambda: time.monotonic() > stopped_until, "it was stopped for longer than it would try")
+    producer.process.send_signal(signal.SIGCONT)
+    assert producer.ends() == 0, str(producer)
+    assert producer.output() == [" [x] Sent 2 tasks"]
+
+
+def test_a_line_without_end_is_refused(broker, shells, tmp_path):
+    endless = tmp_path / "endless"
+    with endless.open("wb") as file:
+        file.write(b"one\n")
+        file.truncate(200 * 1024 * 1024)
+    with endless.open("rb") as file:
+        producer = shells.new_task("-", stdin=file, within=60)
+    assert producer.process.returncode == 1
+    (line,) = producer.output("stderr")
+    assert "a line is longer than 128 MiB" in line
+    assert "The first 1 lines are confirmed" in line
+
+
+def test_a_folder_as_standard_input_is_refused(broker, shells):
+    producer = shells.shell(f"exec {sys.executable} new_task.py - < /")
+    assert producer.ends() == 1
+    (line,) = producer.output("stderr")
+    assert "can't read standard input (Is a directory)" in line
+
+
+def test_a_classic_queue_that_comes_between_two_looks_is_used(broker, shells, monkeypatch):
+    from task_queue import declaration
+
+    with broker.connect() as connection:
+        connection.channel().queue_delete(QUEUE)
+        exists = declaration._exists
+
+        def somebody_is_faster(connection, queue):
+            found = exists(connection, queue)
+            if queue == QUEUE:
+                connection.channel().queue_declare(QUEUE, durable=True)
+            return found
+
+        monkeypatch.setattr(declaration, "_exists", somebody_is_faster)
+        channel, counts = declaration.declare(connection, QUEUE)
+        assert channel.is_open
+        assert not counts
+
+
+# Ctrl+C while the program starts
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "line"),
+    [("new_task.py", 1, " [!] Not sent: interrupted."), ("worker.py", 0, " [!] Stopped by Ctrl+C.")],
+)
+def test_ctrl_c_during_the_imports_gets_one_line(script, status, line):
+    shells = Shells("amqp://127.0.0.1:1")
+    for module in (
+        "pika.exceptions",
+        "pika.adapters.blocking_connection",
+        "uuid" if script == "new_task.py" else "random",
+    ):
+        process = shells.start("-X", "importtime", script)
+        with contextlib.suppress(AssertionError):
+            process.wait_for(module)
+        process.ctrl_c()
+        process.ends()
+        told = [text for text in process.output("stderr") if not text.startswith("import time:")]
+        if told != [] and "can't reach" not in told[0]:
+            assert told == [line]
+            assert process.process.returncode == status
+    shells.close()
+
+
+def test_without_pika_one_line_says_how_to_install_it(tmp_path):
+    for script in ("new_task.py", "worker.py"):
+        bare = subprocess.run(
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                "-c",
+                f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = [{script!r}]; runpy.run_path({str(ROOT / script)!r}, run_name='__main__')",
+            ],
+            capture_output=True,
+            text=True,
+        )
+        assert bare.returncode == 1
+        (line,) = bare.stderr.splitlines()
+        assert line.startswith(" [!] pika is not installed.")
+        assert "source .venv/bin/activate" in line
+    module = f"import sys; sys.path.insert(0, {str(ROOT)!r})\ntry: import worker\nexcept ImportError as error: print('caught')"
+    assert (
+        subprocess.run([sys.executable, "-I", "-S", "-c", module], capture_output=True, text=True).stdout == "caught\n"
+    )
