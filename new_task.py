@@ -15,7 +15,6 @@ if the command line is wrong. RabbitMQ is on localhost, unless AMQP_URL=amqp://U
 import os
 import sys
 import time
-import uuid
 
 from task_queue import QUEUE, QUORUM, console  # before pika: it says what to do where pika is missing
 from task_queue.publisher import Channel, NotConfirmed
@@ -28,7 +27,7 @@ def send(tasks) -> int:
 
     tasks: an iterable of bytes, or a binary file with a task in each line.
     """
-    run, number = uuid.uuid4(), 0
+    run, number = os.urandom(8).hex(), 0
     with Channel("new_task.py") as channel:
         channel.queue_declare(queue=QUEUE, durable=True, arguments=QUORUM)
         channel.confirm_delivery()

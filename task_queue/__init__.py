@@ -1,16 +1,31 @@
 """What new_task.py and worker.py stand on. The lesson is in these two; nobody needs this folder to learn it."""
 
+import os
 import sys
+from typing import Any
 
-from task_queue import console
 
-sys.excepthook = console.last_words  # before pika, which takes a moment to import
+def _last_words(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Tell of an exception that nobody caught: in one line, if it is Ctrl+C or a missing pika."""
+    if isinstance(error, KeyboardInterrupt):
+        sends = sys.argv[0].endswith("new_task.py")
+        print(" [!] Not sent: interrupted." if sends else " [!] Stopped by Ctrl+C.", file=sys.stderr)
+        os._exit(1 if sends else 0)
+    elif isinstance(error, ImportError) and error.name == "pika":
+        print(f" [!] {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _last_words  # before pika, which takes a moment to import
 
 try:
     import pika  # noqa: F401
 except ModuleNotFoundError as error:
-    help = "In this folder: make .venv/run, then source .venv/bin/activate. Elsewhere: pip install -r requirements.txt"
-    raise ImportError(f"pika is not installed. {help}", name=error.name) from None
+    remedy = (
+        "In this folder: make .venv/run, then source .venv/bin/activate. Elsewhere: pip install -r requirements.txt"
+    )
+    raise ImportError(f"pika is not installed. {remedy}", name=error.name) from None
 
 # The queue that holds the tasks, and the one for tasks that failed too often.
 QUEUE, DEAD_LETTERS = "task_queue", "task_queue_dead_letters"

@@ -12,18 +12,6 @@ from typing import Any
 SHOWN, PROGRESS_SECONDS = 500, 0.5
 
 
-def last_words(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Tell of an exception that nobody caught, in one line if it is Ctrl+C or a missing pika. For sys.excepthook."""
-    if isinstance(error, KeyboardInterrupt):
-        sends = sys.argv[0].endswith("new_task.py")
-        warn("Not sent: interrupted." if sends else "Stopped by Ctrl+C.", after_ctrl_c=True)
-        os._exit(1 if sends else 0)
-    elif isinstance(error, ImportError) and error.name == "pika":
-        warn(str(error))
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
 def arguments(usage: str, fit: Callable[[list[str]], bool]) -> list[str]:
     """Return the words of the command line, if fit(words). --help and a wrong command line end the program here.
 
@@ -116,6 +104,10 @@ class _Output(io.TextIOWrapper):
 
     def close(self) -> None:
         """Stay open, if work() closes it: the worker's own lines are still to come."""
+
+    def detach(self) -> Any:
+        """Stay whole."""
+        return self.buffer
 
 
 _ours: list[_Output] = []

@@ -100,6 +100,7 @@ class Channel:
 
     def queue_declare(self, queue: str, durable: bool = True, arguments: Any = QUORUM) -> None:
         """Declare a durable quorum queue, now and on each new connection; see declaration.py."""
+        self.wait_for_confirms()
         self._queue = queue
         self._on_a_connection(self._declare)
 
@@ -196,6 +197,7 @@ class Channel:
 
     def _declare(self) -> None:
         self._channel, _ = declaration.declare(self._connection, self._queue)
+        self._tag = 0  # a new channel counts from one
 
     def _ask_for_confirms(self) -> None:
         asked: list[Any] = []
@@ -280,6 +282,7 @@ class Channel:
                 *lines, rest = rest.split(b"\n")
                 yield from map(bytes, lines)
             elif len(rest) > LONGEST_LINE:
+                self.wait_for_confirms()
                 raise self._not_confirmed(f"a line is longer than {LONGEST_LINE >> 20} MiB: no RabbitMQ takes that.")
         if rest:
             yield bytes(rest)

@@ -15,7 +15,9 @@ LIMIT = 120
 ACK = "channel.basic_ack(method.delivery_tag)"
 ACK_AFTER_DONE = r'(print\(" \[x\] Done"\)\n(?: +#.*\n)?)( +)' + re.escape(ACK)
 ACKNOWLEDGES_FIRST = {ACK_AFTER_DONE: r"\1", r"( +)with .*\n +work\(task\)\n": rf"\1{ACK}\n\g<0>"}
-DOES_EACH_TASK_TWICE = {ACK_AFTER_DONE: rf"\1\2{ACK} if method.redelivered else {ACK.replace('ack', 'nack')}"}
+DOES_EACH_TASK_TWICE = {
+    ACK_AFTER_DONE: rf"\1\2{ACK} if method.redelivered else {ACK.replace('basic_ack', '_channel.basic_nack')}"
+}
 FORGETS = r"\g<0>\1self._size -= self._messages.pop(self._tag).size\n"
 DOES_NOT_WAIT = {r"( +)self\._channel\._impl\.basic_publish\(.*\n": FORGETS}
 

@@ -164,13 +164,13 @@ ERRORS = {
     "import pika; raise pika.exceptions.StreamLostError('mine')": "StreamLostError: mine (",
     "raise StopIteration": "StopIteration (",
     "open('/nowhere')": "FileNotFoundError: ",
-    "def f(): f()\n        f()": "RecursionError: ",
+    "def f(): f()\n    f()": "RecursionError: ",
 }
 
 
 @pytest.mark.parametrize(("body", "told"), ERRORS.items(), ids=[body[:40] for body in ERRORS])
 def test_whatever_work_raises_is_told_in_one_line(broker, shells, worker_with, body, told):  # noqa: F811
-    worker = shells.start(worker_with(f"if task == b'good': return\n        {body}"))
+    worker = shells.start(worker_with(f"if task == b'good': return\n    {body}"))
     shells.send("bad", "good")
     worker.wait_for("Failed 'bad'", times=2)
     for line in worker.output("stderr"):
@@ -192,7 +192,7 @@ def test_the_place_of_an_error_is_in_the_users_own_file(broker, shells, worker_w
 
 @pytest.mark.parametrize("leave", ["return", "sys.exit()", "raise ValueError", "os._exit(0)"])
 def test_a_process_that_work_forks_touches_no_task(broker, shells, worker_with, leave):  # noqa: F811
-    script = worker_with(f"if os.fork() == 0: {leave}\n        time.sleep(2)")
+    script = worker_with(f"if os.fork() == 0: {leave}\n    time.sleep(2)")
     worker = shells.start(script)
     shells.send("one", "two", "three")
     worker.wait_for("Received 'two'")
@@ -424,11 +424,11 @@ def test_a_line_without_end_is_refused(broker, shells, tmp_path):
     assert "The first 1 lines are confirmed" in line
 
 
-def test_a_folder_as_standard_input_is_refused(broker, shells):
-    producer = shells.shell(f"exec {sys.executable} new_task.py - < /")
+def test_a_standard_input_that_cannot_be_read_is_refused(broker, shells):
+    producer = shells.shell(f"exec {sys.executable} new_task.py - 0> /dev/null")
     assert producer.ends() == 1
     (line,) = producer.output("stderr")
-    assert "can't read standard input (Is a directory)" in line
+    assert "can't read standard input (Bad file descriptor)" in line
 
 
 def test_a_classic_queue_that_comes_between_two_looks_is_used(broker, shells, monkeypatch):
