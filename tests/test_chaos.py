@@ -13,11 +13,11 @@ LIMIT = 120
 
 # How to break a copy of the scripts: a file of theirs, and patterns in it that occur once, with what takes their place.
 ACK = "channel.basic_ack(method.delivery_tag)"
-ACK_AFTER_DONE = r'(print\(" \[x\] Done"\)\n(?: +#.*\n)?)( +)' + re.escape(ACK)
-ACKNOWLEDGES_FIRST = {ACK_AFTER_DONE: r"\1", r"( +)with .*\n +work\(task\)\n": rf"\1{ACK}\n\g<0>"}
-DOES_EACH_TASK_TWICE = {
-    ACK_AFTER_DONE: rf"\1\2{ACK} if method.redelivered else {ACK.replace('basic_ack', '_channel.basic_nack')}"
+ACKNOWLEDGES_FIRST = {
+    r'(print\(" \[x\] Done"\)\n(?: +#.*\n)?) +' + re.escape(ACK): r"\1",
+    r"( +)with .*\n +work\(task\)\n": rf"\1{ACK}\n\g<0>",
 }
+DOES_TWICE = {r'( +)print\(" \[x\] Done"\)\n': r'\g<0>\1print(f" [x] Received {shown(task)} (redelivered)")\n\g<0>'}
 FORGETS = r"\g<0>\1self._size -= self._messages.pop(self._tag).size\n"
 DOES_NOT_WAIT = {r"( +)self\._channel\._impl\.basic_publish\(.*\n": FORGETS}
 
@@ -30,7 +30,7 @@ class Chaos:
         self.files.mkdir()
 
     def start(self, *arguments) -> Script:
-        words = [str(word) for word in ("tools/chaos.py", "--limit", LIMIT, *arguments)]
+        words = map(str, ("tools/chaos.py", "--limit", LIMIT, *arguments))
         self.script = Script(*words, url="amqp://not-used.invalid", environment=[("TMPDIR", str(self.files))])
         return self.script
 
@@ -53,10 +53,11 @@ class Chaos:
         return {row[1]: int(row[2]) for row in rows if row}
 
     def lost(self) -> int:
-        """Return how many tasks it found lost. It must name each one."""
+        """Return how many tasks it found lost. It must name each one, and complain of that first."""
         lost = int(re.search(r"(\d+) lost", str(self.script))[1])
-        names = re.search(rf"\[!\] {lost} tasks were reported sent and never done: (.*)", str(self.script))[1]
-        assert len(re.findall(r"'task \d+[ .]*'", names)) == lost
+        complaint = self.script.output("stderr")[0]
+        assert complaint.startswith(f" [!] {lost} tasks were reported sent and never done: "), str(self.script)
+        assert len(re.findall(r"'task \d+[ .]*'", complaint)) == lost
         return lost
 
     def processes(self) -> list[str]:
@@ -78,28 +79,24 @@ def test_no_task_is_lost_while_everything_breaks(chaos):
     assert chaos.run("--seed", 138, "--tasks", 120, "--workers", 4) == 0, str(chaos.script)
     assert list(chaos.faults().values()) == [1] * 12
     assert chaos.script.output()[-1] == " [x] No task was lost (seed 138)"
-    assert chaos.processes() == []
-    assert list(chaos.files.iterdir()) == []
+    assert chaos.processes() == list(chaos.files.iterdir()) == []
 
 
 def test_a_worker_that_acknowledges_before_the_work_is_found_to_lose_tasks(chaos):
     kills = ("--kinds", "worker-killed", "--faults", 3, "--tasks", 12, "--seed", 1, "--workers", 3)
     assert chaos.run_broken("worker.py", ACKNOWLEDGES_FIRST, *kills) == 1
-    assert chaos.faults()["worker-killed"] == 3
     assert chaos.lost() > 0
 
 
 def test_a_worker_that_does_each_task_twice_is_found_out(chaos):
     kills = ("--kinds", "producer-killed", "--faults", 1, "--tasks", 4, "--seed", 1, "--workers", 2)
-    assert chaos.run_broken("worker.py", DOES_EACH_TASK_TWICE, *kills) == 1
+    assert chaos.run_broken("worker.py", DOES_TWICE, *kills) == 1
     assert "'task 1' was done 2 times, and no fault explains that" in str(chaos.script)
-    assert " 0 lost" in str(chaos.script)
 
 
 def test_a_producer_that_does_not_wait_for_confirms_is_found_to_lose_tasks(chaos):
     kills = ("--kinds", "rabbitmq-killed", "--faults", 1, "--tasks", 1200, "--seed", 3, "--workers", 5)
     assert chaos.run_broken("task_queue/publisher.py", DOES_NOT_WAIT, *kills) == 1
-    assert chaos.faults()["rabbitmq-killed"] == 1
     assert chaos.lost() > 0
 
 

@@ -155,7 +155,7 @@ ERRORS = {
     "raise OSError(2, 'No such file', 'x' * 300_000)": "OSError|FileNotFoundError: ",
     "raise ValueError": "ValueError (",
     "raise type('Odd', (Exception,), {'__str__': lambda self: 1 / 0})": "Odd: ",
-    "error = ValueError('why'); error.add_note('note') if hasattr(error, 'add_note') else 0; raise error": "ValueError: why (",
+    "e = ValueError('why'); e.add_note('note') if hasattr(e, 'add_note') else 0; raise e": "ValueError: why (",
     "raise ExceptionGroup('several', [ValueError('one')]) if sys.version_info > (3, 11) else ValueError": "",
     "raise ValueError('two\\nlines')": r"ValueError: two\nlines (",
     "sys.exit('exit')": "SystemExit: exit (",
@@ -476,24 +476,16 @@ def test_ctrl_c_during_the_imports_gets_one_line(script, status, line):
     shells.close()
 
 
-def test_without_pika_one_line_says_how_to_install_it(tmp_path):
-    for script in ("new_task.py", "worker.py"):
-        bare = subprocess.run(
-            [
-                sys.executable,
-                "-I",
-                "-S",
-                "-c",
-                f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = [{script!r}]; runpy.run_path({str(ROOT / script)!r}, run_name='__main__')",
-            ],
-            capture_output=True,
-            text=True,
-        )
-        assert bare.returncode == 1
-        (line,) = bare.stderr.splitlines()
-        assert line.startswith(" [!] pika is not installed.")
-        assert "source .venv/bin/activate" in line
-    module = f"import sys; sys.path.insert(0, {str(ROOT)!r})\ntry: import worker\nexcept ImportError as error: print('caught')"
-    assert (
-        subprocess.run([sys.executable, "-I", "-S", "-c", module], capture_output=True, text=True).stdout == "caught\n"
-    )
+@pytest.mark.parametrize("script", ["new_task", "worker"])
+def test_without_pika_one_line_says_how_to_install_it(script):
+    def bare(program: str) -> subprocess.CompletedProcess:
+        program = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); {program}"
+        return subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True)
+
+    run = bare(f"sys.argv = ['{script}.py']; runpy.run_module('{script}', run_name='__main__')")
+    assert run.returncode == 1
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(" [!] pika is not installed.")
+    assert "source .venv/bin/activate" in line
+    imported = bare(f"exec('try: import {script}\\nexcept ImportError: print(1)')")
+    assert (imported.returncode, imported.stdout) == (0, "1\n")
