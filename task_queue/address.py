@@ -5,7 +5,7 @@ import os
 import random
 import ssl
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,13 +13,13 @@ import pika
 import pika.data
 from pika.exceptions import AMQPError, ProbableAccessDeniedError, ProbableAuthenticationError
 
+from task_queue import QUEUE
+
 # Where RabbitMQ is, unless the environment variable AMQP_URL says otherwise.
 DEFAULT_URL = "amqp://guest:guest@localhost:5672/%2F"
-
 # How often the two ends show each other that they are alive: RabbitMQ advises 5 to 20 s. And how long RabbitMQ may keep
 # us from publishing, as it is short of memory or disk: with what else takes time, a user waits for less than 30 s.
 HEARTBEAT_SECONDS, BLOCKED_SECONDS = 20, 25
-
 # What pika's calls raise when RabbitMQ or the network fails. The last two are its slips on connections that have just
 # closed, so this is for calls of pika's alone: in other code they are bugs.
 PIKAS_ERRORS = (AMQPError, OSError, ValueError, AssertionError)
@@ -29,36 +29,46 @@ class Unreachable(Exception):
     """No node of RabbitMQ can be reached now; later one may be. The message is for the user."""
 
 
+class Lost(Unreachable):
+    """The connection or the channel has ended."""
+
+
 class Refused(Exception):
     """RabbitMQ, or this program, refuses for a reason that waiting won't cure. The message is for the user."""
 
 
-class Lost(Exception):
-    """The connection or the channel is gone. The message says why; `code` is RabbitMQ's reply code, if it gave one."""
+def ended(error: BaseException, hopeless: tuple[int, ...] = (403,)) -> Lost | Refused:
+    """Return what it means that a connection or channel has ended with an error of pika's.
 
-    def __init__(self, error: BaseException):
-        super().__init__(describe(error))
-        self.code: int | None = getattr(error, "reply_code", None)
+    hopeless: RabbitMQ's reply codes that no other connection would cure. 403 is: no permission.
+    """
+    text, code = describe(error), getattr(error, "reply_code", None)
+    if code in hopeless:
+        return Refused(f"RabbitMQ refuses: {text}.")
+    if code == 541:
+        cure = f"If the queue can't come back, rabbitmqctl delete_queue {QUEUE} deletes it, tasks and all."
+        return Lost(f"RabbitMQ can't serve the queue {QUEUE!r} ({text}): its log tells more. {cure}")
+    return Lost(f"Lost RabbitMQ ({text}).")
 
 
 @contextlib.contextmanager
 def lost_rabbitmq() -> Iterator[None]:
-    """For calls of pika's: turn what it raises when RabbitMQ or the network fails into Lost."""
+    """For calls of pika's: turn what it raises when RabbitMQ or the network fails into Lost or Refused."""
     try:
         yield
     except PIKAS_ERRORS as error:
-        raise Lost(error) from None
+        raise ended(error) from None
 
 
-def connect(name: str, how: Callable[..., Any] = pika.BlockingConnection) -> Any:
-    """Return how(node) for the first node that lets us in. name: what RabbitMQ will call the connection.
+def connect(name: str) -> Any:
+    """Return a pika.BlockingConnection to the first node that lets us in. name: what RabbitMQ will call it.
 
     Unreachable if none does now, Refused if every one refuses for a reason that waiting won't cure.
     """
     problems = []
     for node in nodes(name):
         try:
-            return how(node)
+            return pika.BlockingConnection(node)
         except Exception as error:  # pika has no common base class for what can happen here
             problems.append(_explained(_cause(error), node))
     raise next((problem for problem in problems if isinstance(problem, Unreachable)), problems[0])
@@ -91,10 +101,8 @@ def _node(url: str, name: str) -> pika.URLParameters:
             "AMQP_URL is not a valid AMQP URL. It must read amqp://USER:PASSWORD@HOST:PORT/VIRTUAL_HOST, with special "
             "characters percent-encoded, pika's parameters behind a ?, and ; between the nodes of a cluster."
         ) from None
-    if node.heartbeat is None:
-        node.heartbeat = HEARTBEAT_SECONDS
-    if node.blocked_connection_timeout is None:
-        node.blocked_connection_timeout = BLOCKED_SECONDS
+    node.heartbeat = HEARTBEAT_SECONDS if node.heartbeat is None else node.heartbeat
+    node.blocked_connection_timeout = node.blocked_connection_timeout or BLOCKED_SECONDS
     node.client_properties = {"connection_name": name} | (node.client_properties or {})
     return node
 

@@ -13,23 +13,19 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from task_queue import DEAD_LETTERS, QUEUE, QUORUM, console, dead_letters, declaration
+from task_queue import DEAD_LETTERS, QUORUM, console, dead_letters, declaration
 from task_queue.address import PIKAS_ERRORS, Lost, Refused, Unreachable, close_socket, connect, lost_rabbitmq
 
 # Seconds between two attempts to connect: doubled from the first to the last, each one shortened at random by up to
-# half, so that many workers don't come back in the same moment. The last keeps the wait for RabbitMQ's return short.
-# After a connection that lasted for GOOD seconds, or on which a task was done, the pause is the first again.
+# half, so that many workers don't come back in the same moment. After a connection that lasted for GOOD seconds the
+# pause is the first again.
 FIRST_PAUSE, LAST_PAUSE, GOOD = 0.5, 3, 30
-
 # How often the connection is looked after during work, and how often we look for a signal while we don't work.
 TICK_SECONDS = 0.2
-
 # How long a worker that is told to stop waits for RabbitMQ to take its task back, before it just goes.
 GOODBYE_SECONDS = 5
-
-# How long before another attempt to set aside a task that could not be; and how many of them a worker holds at most.
-HOLD_SECONDS, MOST_HELD = 60, 100
-
+# How long before another attempt to set aside a task that could not be.
+HOLD_SECONDS = 60
 # Up to RabbitMQ 4.2 it closes the channel, from 4.3 on it only cancels the consumer.
 TOO_LONG = (
     "RabbitMQ took the task back, as it does when one takes longer than consumer_timeout (30 minutes, unless "
@@ -45,22 +41,6 @@ class TaskFailed(Exception):
     """work() raised. The message says what, and where."""
 
 
-def keep_working(do_tasks: Callable[["Channel"], None], usage: str) -> int:
-    """Call do_tasks(channel) on one connection after the other, until a signal ends it; return the exit status.
-
-    usage: the worker's --help. With its only option, --graceful, SIGTERM waits for the task in hand; Ctrl+C never does.
-    """
-    channel = Channel(graceful=bool(console.arguments(usage, lambda words: words in ([], ["--graceful"]))))
-    try:
-        channel.run(do_tasks)
-    except Stop:
-        channel.hand_back()
-        return 0
-    except Refused as problem:
-        console.warn(str(problem))
-    return 1
-
-
 class Channel:
     """pika's BlockingChannel, on a queue that is safe to use, with heartbeats during the work.
 
@@ -74,7 +54,7 @@ class Channel:
         self._in_hand = False  # whether there is a task that is not acknowledged
         self._held: list[tuple[Any, ...]] = []  # and others, that could not be set aside
         self._retry_at = 0.0  # when to try that again
-        self._good = self._told = False  # whether a task was done; whether it was told why the connection ended
+        self._told = False  # whether it was told why the connection ended
         self._pika = threading.Lock()  # pika must not be used by two threads at once
         self._pika.acquire()  # the main thread has it, except in heartbeats()
         self._signal = 0  # the first one that came
@@ -87,23 +67,19 @@ class Channel:
         os.register_at_fork(after_in_child=lambda: close_socket(self._connection))
         threading.Thread(target=self._look_after, daemon=True).start()
 
-    # The calls of the lesson.
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """Any other call is pika's, as basic_qos() and basic_ack()."""
+
+        def call(*arguments: Any, **settings: Any) -> Any:
+            with lost_rabbitmq():
+                return getattr(self._channel, name)(*arguments, **settings)
+
+        return call
 
     def queue_declare(self, queue: str, durable: bool = True, arguments: Any = QUORUM) -> None:
         """Declare a durable quorum queue, and be sure that it is safe to use: see declaration.py."""
         with lost_rabbitmq():
             self._channel, self._counts = declaration.declare(self._connection, queue)
-
-    def basic_qos(self, prefetch_count: int) -> None:
-        """As pika's."""
-        with lost_rabbitmq():
-            self._channel.basic_qos(prefetch_count=prefetch_count)
-
-    def basic_ack(self, delivery_tag: int) -> None:
-        """As pika's."""
-        with lost_rabbitmq():
-            self._channel.basic_ack(delivery_tag)
-        self._good = True
 
     def consume(self, queue: str) -> Iterator[tuple[Any, Any, bytes]]:
         """Yield (method, properties, body) as pika's does; but what has killed ten workers is set aside."""
@@ -115,9 +91,8 @@ class Channel:
                 delivery = next(deliveries, None)
             if not delivery:  # RabbitMQ has ended our consumer, and nothing else
                 return console.warn(TOO_LONG if worked else f"The queue {queue!r} was deleted. Declaring it again.")
-            worked = delivery[0] is not None
+            worked = self._in_hand = delivery[0] is not None
             if worked:
-                self._in_hand = True
                 tries = self._earlier_deliveries(*delivery[:2])
                 if tries < dead_letters.MAX_DELIVERIES:
                     yield delivery
@@ -129,10 +104,9 @@ class Channel:
                     self._set_aside(*letter)
             if len(self._held) != held:  # so that there is one task besides those that are held
                 held = len(self._held)
-                with lost_rabbitmq():
-                    self._channel.cancel()
-                    self._channel.basic_qos(prefetch_count=1 + min(held, MOST_HELD))
-                    deliveries = self._channel.consume(queue, inactivity_timeout=TICK_SECONDS)
+                self.cancel()
+                self.basic_qos(prefetch_count=1 + held)
+                deliveries = self._channel.consume(queue, inactivity_timeout=TICK_SECONDS)
 
     @contextlib.contextmanager
     def heartbeats(self) -> Iterator[None]:
@@ -146,11 +120,10 @@ class Channel:
             if self._signal not in self._waits:
                 self._stop_if_told()
             yield
-        except Stop:
-            raise
         except BaseException as error:
-            if os.getpid() == self._pid:
-                raise TaskFailed(dead_letters.reason(error)) from error
+            if isinstance(error, Stop) or os.getpid() != self._pid:
+                raise
+            raise TaskFailed(dead_letters.reason(error)) from error
         finally:
             self._working = False
             if os.getpid() != self._pid:
@@ -166,8 +139,8 @@ class Channel:
         console.warn(f"Failed {console.shown(task)}: {failure}. It will be tried again.")
         with lost_rabbitmq():
             self._connection.sleep(dead_letters.PAUSE_AFTER_FAILURE)
-            # A reject, not a nack: every RabbitMQ counts it as a delivery that failed.
-            self._channel.basic_reject(method.delivery_tag, requeue=True)
+        # A reject, not a nack: every RabbitMQ counts it as a delivery that failed.
+        self.basic_reject(method.delivery_tag, requeue=True)
 
     def _earlier_deliveries(self, method: Any, properties: Any) -> int:
         """Return how many earlier deliveries of a task RabbitMQ has counted. What its sender says doesn't count."""
@@ -191,24 +164,22 @@ class Channel:
         self._held = [other for other in self._held if other is not letter]
         console.warn(f"Set aside {console.shown(task)} in {DEAD_LETTERS} after {tries} deliveries: {why}")
 
-    # The connection.
-
     def run(self, do_tasks: Callable[["Channel"], None]) -> None:
         """Call do_tasks(self) on one connection after the other. Stop; or Refused, if waiting doesn't help."""
         pause, known = FIRST_PAUSE, set[str]()
         while True:
-            began, self._in_hand, self._held, self._good, self._told = time.monotonic(), False, [], False, False
+            began, self._in_hand, self._held, self._told = time.monotonic(), False, [], False
             try:
                 self._connection = connect("worker.py")
                 do_tasks(self)
-            except (Unreachable, Lost) as problem:
-                line = _explained(problem)
-                gist = line.partition(" (")[0]  # details, in brackets, change from one attempt to the next
+            except Unreachable as problem:
+                gist = str(problem).partition(" (")[0]  # details, in brackets, change from one attempt to the next
                 if gist not in known and not self._told:
-                    console.warn(line)
+                    what_follows = "Reconnecting." if isinstance(problem, Lost) else "Trying until it answers."
+                    console.warn(f"{problem} {what_follows}")
                 known.add(gist)
             self._close()
-            if self._good or time.monotonic() > began + GOOD:
+            if time.monotonic() > began + GOOD:
                 pause, known = FIRST_PAUSE, set()
             end = time.monotonic() + pause * random.uniform(0.5, 1)
             while time.monotonic() < end:
@@ -241,20 +212,20 @@ class Channel:
             if self._signal and not (self._working and self._signal in self._waits):
                 left -= TICK_SECONDS
             if self._working and not self._told and self._pika.acquire(blocking=False):
+                lost = ""
                 try:
                     with lost_rabbitmq():
                         self._connection.process_data_events()
-                    lost = "" if self._channel.is_open else TOO_LONG
-                except Lost as problem:
-                    lost = f"Lost RabbitMQ ({problem}). This task will be done again."
+                    if not self._channel.is_open:
+                        lost = TOO_LONG
+                except (Unreachable, Refused) as problem:
+                    lost = f"{problem} This task will be done again."
                 self._pika.release()
                 if lost:
                     self._told = True
                     console.warn(lost)
         self._say_goodbye()
         os._exit(0)
-
-    # Signals.
 
     def _on_signal(self, signum: int, _frame: Any) -> None:
         if os.getpid() != self._pid:  # a process that work() forked: a signal ends it, as it ends any process
@@ -279,16 +250,17 @@ class Channel:
             console.warn(f"Stopped by {name}.{what}", after_ctrl_c=name == "Ctrl+C")
 
 
-def _explained(problem: Exception) -> str:
-    """Return what to tell of a connection that ended, or never came to be. Refused if another would be no better."""
-    code = getattr(problem, "code", None)
-    if code == 403:
-        raise Refused(f"RabbitMQ forbids this user to take tasks: {problem}.") from None
-    if code == 541:
-        return (
-            f"RabbitMQ can't serve the queue {QUEUE!r} ({problem}): its log tells more. Trying again and again; "
-            f"rabbitmqctl delete_queue {QUEUE} deletes a queue that can't come back, tasks and all."
-        )
-    if isinstance(problem, Lost):
-        return f"Lost RabbitMQ ({problem}). Reconnecting."
-    return f"{problem} Trying until it answers."
+def keep_working(do_tasks: Callable[[Channel], None], usage: str) -> int:
+    """Call do_tasks(channel) on one connection after the other, until a signal ends it; return the exit status.
+
+    usage: the worker's --help. With its only option, --graceful, SIGTERM waits for the task in hand; Ctrl+C never does.
+    """
+    channel = Channel(graceful=bool(console.arguments(usage, lambda words: words in ([], ["--graceful"]))))
+    try:
+        channel.run(do_tasks)
+    except Stop:
+        channel.hand_back()
+        return 0
+    except Refused as problem:
+        console.warn(str(problem))
+    return 1

@@ -13,18 +13,15 @@ from typing import Any
 
 import pika
 import pika.data
-from pika.exceptions import ChannelClosedByBroker
 
-from task_queue import DEAD_LETTERS, QUEUE, QUORUM, console
-from task_queue.address import Lost, Refused, Unreachable, connect, lost_rabbitmq
+from task_queue import DEAD_LETTERS, QUEUE, QUORUM, console, declaration
+from task_queue.address import Refused, Unreachable, connect, lost_rabbitmq
 from task_queue.publisher import Channel, NotConfirmed
 
 # After so many deliveries a task is set aside. RabbitMQ's own limit is 20: there it would drop the task.
 MAX_DELIVERIES = 10
-
 # How long before a failed task goes back: what made it fail may pass, and failing must not keep a CPU busy.
 PAUSE_AFTER_FAILURE = 1
-
 # How much is told of an error, in characters, and kept of headers, in bytes: they must fit into a frame of 128 kB.
 REASON_LENGTH, HEADERS_SIZE = 500, 100_000
 
@@ -37,13 +34,14 @@ def set_aside(task: bytes, properties: Any, tries: int, why: str) -> None:
     """
     notes = {"x-set-aside-because": why, "x-set-aside-after-deliveries": tries, "x-set-aside-at": int(time.time())}
     with Channel("worker.py") as channel:
+        channel.queue_declare(queue=DEAD_LETTERS, durable=True, arguments=QUORUM)
+        channel.confirm_delivery()
         _send_copy(channel, DEAD_LETTERS, task, properties, notes)
 
 
 def _send_copy(channel: Channel, queue: str, task: bytes, properties: Any, notes: dict[str, Any]) -> None:
     """Send a task once more, as it was, but for what RabbitMQ would act upon again."""
-    dropped = ("x-delivery-count", "CC", "BCC")
-    kept = {k: v for k, v in (properties.headers or {}).items() if k not in dropped and not k.startswith("x-set-aside")}
+    kept = {k: v for k, v in (properties.headers or {}).items() if k not in ("x-delivery-count", "CC", "BCC")}
     try:
         size = pika.data.encode_table([], kept)
     except Exception:  # pika can't encode all that it can decode
@@ -51,8 +49,6 @@ def _send_copy(channel: Channel, queue: str, task: bytes, properties: Any, notes
     properties.headers = (kept if size < HEADERS_SIZE else {}) | notes
     properties.expiration = properties.user_id = None
     properties.delivery_mode = pika.DeliveryMode.Persistent.value
-    channel.queue_declare(queue=queue, durable=True, arguments=QUORUM)
-    channel.confirm_delivery()
     channel.basic_publish(exchange="", routing_key=queue, body=task, properties=properties, mandatory=True)
     channel.wait_for_confirms()
 
@@ -65,8 +61,7 @@ def reason(error: BaseException) -> str:
         text = f"no text, as str() raises {type(another).__name__}"
     told = console.printable(f"{type(error).__name__}{text and ': '}{text[:REASON_LENGTH]}")[:REASON_LENGTH]
     # The last place that is neither Python's own, nor a package's, nor ours.
-    frames = traceback.extract_tb(error.__traceback__)
-    paths = sysconfig.get_paths()
+    frames, paths = traceback.extract_tb(error.__traceback__), sysconfig.get_paths()
     others = (paths["stdlib"], paths["purelib"], paths["platlib"], "<frozen", str(Path(__file__).parent))
     place = ([frame for frame in frames if not frame.filename.startswith(others)] or frames)[-1]
     return f"{told} ({console.printable(Path(place.filename).name)[:100]}:{place.lineno})"
@@ -78,33 +73,28 @@ def list_or_requeue(command: str) -> None:
     Not just put back: that counts as a delivery, and RabbitMQ drops what was delivered 20 times. RabbitMQ has the copy
     before it forgets the original.
     """
+    queue = QUEUE if command == "requeue" else DEAD_LETTERS
     with lost_rabbitmq(), connect("dead_letters.py") as connection, Channel("dead_letters.py") as sender:
-        channel = connection.channel()
-        try:
-            count = channel.queue_declare(queue=DEAD_LETTERS, passive=True).method.message_count
-        except ChannelClosedByBroker as error:
-            if error.reply_code != 404:
-                raise
-            count = 0  # no task was ever set aside
+        sender.queue_declare(queue=queue, durable=True, arguments=QUORUM)
+        sender.confirm_delivery()
+        channel, _ = declaration.declare(connection, DEAD_LETTERS)
+        count = channel.queue_declare(queue=DEAD_LETTERS, passive=True).method.message_count
         if not count:
             print(" [*] No dead letters")
         for _ in range(count):
             method, properties, task = channel.basic_get(DEAD_LETTERS)
             if not method:  # somebody else took it
                 return
-            if command == "requeue":
-                line, queue, notes = f" [x] Requeued {console.shown(task)}", QUEUE, {}
-            else:
-                queue, notes = (
-                    DEAD_LETTERS,
-                    {k: v for k, v in (properties.headers or {}).items() if k.startswith("x-set-aside")},
-                )
-                when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(notes.get("x-set-aside-at", 0)))
-                tries, why = notes.get("x-set-aside-after-deliveries"), notes.get("x-set-aside-because")
-                line = f" [x] {console.shown(task)}, set aside {when} after {tries} deliveries: {why}"
-            _send_copy(sender, queue, task, properties, notes)
+            notes = properties.headers or {}
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(notes.get("x-set-aside-at", 0)))
+            tries, why = notes.get("x-set-aside-after-deliveries"), notes.get("x-set-aside-because")
+            _send_copy(sender, queue, task, properties, {})
             channel.basic_ack(method.delivery_tag)
-            print(console.printable(line))
+            if command == "requeue":
+                print(f" [x] Requeued {console.shown(task)}")
+            else:
+                story = console.printable(f"set aside {when} after {tries} deliveries: {why}")
+                print(f" [x] {console.shown(task)}, {story}")
 
 
 def main() -> int:
@@ -113,7 +103,7 @@ def main() -> int:
     try:
         list_or_requeue(command)
         return 0
-    except (Unreachable, Refused, Lost, NotConfirmed, KeyboardInterrupt) as problem:
+    except (Unreachable, Refused, NotConfirmed, KeyboardInterrupt) as problem:
         console.warn(f"{str(problem) or 'interrupted.'} No task is lost.")
         return 1
 

@@ -16,29 +16,18 @@ from pika.exceptions import ConnectionBlockedTimeout
 from pika.spec import Basic
 
 from task_queue import QUORUM, console, declaration
-from task_queue.address import BLOCKED_SECONDS, PIKAS_ERRORS, Lost, Refused, Unreachable, close_socket, connect
+from task_queue.address import BLOCKED_SECONDS, PIKAS_ERRORS, Lost, Refused, Unreachable, close_socket, connect, ended
 
-# How many bytes may be without a confirm: they are what memory holds. A task counts as one of SMALL bytes at least, so
-# these are 2000 tasks. And how many bytes must be confirmed before it goes on: task by task would be slow.
+# How many bytes may be without a confirm: memory holds them. A task counts as one of SMALL bytes at least, so these are
+# 2000 tasks. When that is reached, ROOM bytes must be confirmed before it goes on: task by task would be slow.
 WINDOW, SMALL, ROOM = 32_000_000, 16_000, 3_200_000
-
-# Tasks leave together, so many of them in one system call, and each one after so many seconds.
+# So many tasks leave together, in one system call; and each one after so many seconds.
 BATCH, BATCH_SECONDS = 100, 0.05
-
-# How many seconds to try before giving up, when nothing is confirmed; a RabbitMQ that restarts is back well before
-# that. More than STOPPED_SECONDS between two looks at the clock are time in which this process was stopped.
-GIVE_UP_SECONDS, STOPPED_SECONDS = 60, 6
-
-# How many seconds to pause before another attempt to connect, and to wait for RabbitMQ's goodbye.
-PAUSE, GOODBYE_SECONDS = 0.5, 2
-
+# When to give up, if nothing is confirmed: a RabbitMQ that restarts is back well before that. And how long to pause
+# before another attempt to connect. More than STOPPED_SECONDS between two looks at the clock: this process was stopped.
+GIVE_UP_SECONDS, PAUSE, STOPPED_SECONDS = 60, 0.5, 6
 # How much is read at once, and the longest line: the largest message that RabbitMQ takes, by default.
 CHUNK, LONGEST_LINE = 1 << 16, 128 << 20
-
-NO_ANSWER = (
-    "RabbitMQ confirms nothing: the queue has no leader. In a cluster, are most nodes up? If a single node can't bring "
-    "it back, rabbitmqctl delete_queue task_queue deletes it, tasks and all."
-)
 
 
 class NotConfirmed(Exception):
@@ -69,18 +58,18 @@ class Channel:
 
     def __init__(self, name: str):
         """name: what RabbitMQ will call the connection."""
-        self._name, self._queue, self._confirming, self._connected_before = name, "", False, False
+        self._name, self._connected_before = name, False
+        self._steps: list[Callable[[], None]] = []  # what each new connection needs, to be as far as the one before
         self._connection: Any = None
         self._channel: Any = None
-        self._frames: list[bytes] = []  # what pika has not passed on to the network
+        self._frames: list[bytes] = []  # what is not passed on to the network
         self._messages: dict[int, _Message] = {}  # what waits for a confirm on this connection, by delivery tag
         self._again: list[_Message] = []  # what must be sent again, on the next one
         self._tag = self._size = 0  # the last delivery tag, and the size of all these messages
-        self._count = self._position = 0  # how many messages there were, and tasks of each() that are handed over
-        self._progress = console.Progress(None)
+        self._nacked, self._refusal = False, ""  # whether RabbitMQ could not store one; why it gave one back
+        self._progress, self._position = console.Progress(None), 0  # and how many tasks of each() are handed over
         self._waited = self._looked_at = 0.0  # how long nothing was confirmed, and the time when we looked last
         self._problem, self._told = "", set[str]()  # why nothing is confirmed, and what the user knows of that
-        self._nacked, self._refusal = False, ""  # whether RabbitMQ could not store a task; why it gave one back
 
     def __enter__(self) -> "Channel":
         self._on_a_connection(lambda: None)
@@ -91,23 +80,30 @@ class Channel:
             error.args = self._not_confirmed("interrupted.").args
         elif not error and self._connection:  # RabbitMQ logs a warning about a connection that just ends
             with contextlib.suppress(*PIKAS_ERRORS):
-                self._connection.call_later(GOODBYE_SECONDS, self._connection._impl._transport.abort)
                 self._connection.close()
         self._drop()
         self._progress.end()
 
-    # The calls of the lesson.
-
     def queue_declare(self, queue: str, durable: bool = True, arguments: Any = QUORUM) -> None:
         """Declare a durable quorum queue, now and on each new connection; see declaration.py."""
-        self.wait_for_confirms()
-        self._queue = queue
-        self._on_a_connection(self._declare)
+
+        def declare() -> None:
+            self._channel, _ = declaration.declare(self._connection, queue)
+
+        self._on_a_connection(declare)
+        self._steps.append(declare)
 
     def confirm_delivery(self) -> None:
-        """Let RabbitMQ confirm each task, now and on each new connection. Call it before basic_publish()."""
-        self._confirming = True
-        self._on_a_connection(self._ask_for_confirms)
+        """Let RabbitMQ confirm each task, now and on each new connection."""
+
+        def confirm() -> None:
+            asked: list[Any] = []
+            self._channel._impl.add_on_return_callback(self._on_return)
+            self._channel._impl.confirm_delivery(self._on_confirm, callback=asked.append)
+            self._until(lambda: bool(asked))
+
+        self._on_a_connection(confirm)
+        self._steps.append(confirm)
 
     def each(self, tasks: Iterable[bytes] | IO[bytes]) -> Iterator[bytes]:
         """Yield each of the tasks; of a file, each line that is not empty, without its newline, as it comes.
@@ -128,17 +124,14 @@ class Channel:
         size = max(len(body), SMALL)
         if not self._connection or not self._has_room(size):
             self._on_a_connection(lambda: self._until(lambda: self._has_room(size + ROOM) or not self._size))
-        self._count += 1
         self._size += size
         self._publish(_Message(self._position + 1, size, (exchange, routing_key, body, properties, mandatory)))
         if self._tag % BATCH == 1 or time.monotonic() > self._looked_at + BATCH_SECONDS:
-            self._on_a_connection(self._turn)
+            self._on_a_connection(lambda: self._until(lambda: not self._frames))
 
     def wait_for_confirms(self) -> None:
         """Return when RabbitMQ has confirmed every task."""
         self._on_a_connection(lambda: self._until(lambda: not self._messages))
-
-    # What they stand on.
 
     def _on_a_connection(self, step: Callable[[], None]) -> None:
         """Do step(), on as many connections as it takes."""
@@ -161,17 +154,16 @@ class Channel:
 
     def _pause(self, problem: Exception) -> None:
         """Wait before another attempt. Refused if there is no hope in that."""
-        lost = Lost(problem)
         if isinstance(problem, ConnectionBlockedTimeout):
             raise Refused(f"{self._problem} Free some there; rabbitmq-diagnostics alarms tells more.")
-        if lost.code in (403, 405, 406):  # no permission, not our queue, or a task larger than it takes
-            raise Refused(f"RabbitMQ refuses: {lost}.")
-        if isinstance(problem, Unreachable):
-            if not self._connected_before:  # who runs a command wants to know at once
-                raise Refused(str(problem))
+        if not isinstance(problem, Unreachable):
+            problem = ended(problem, hopeless=(403, 405, 406))  # no permission, not our queue, or too large a task
+        if isinstance(problem, Refused) or not self._connected_before:  # who runs a command wants to know at once
+            raise Refused(str(problem))
+        if not isinstance(problem, Lost):
             self._tell(str(problem), f"Trying for up to {GIVE_UP_SECONDS} s.")
         elif self._again:
-            self._tell(f"Lost RabbitMQ ({lost}).", "Reconnecting, to send again what is not confirmed.")
+            self._tell(str(problem), "Reconnecting, to send again what is not confirmed.")
         time.sleep(PAUSE)
         self._look()
 
@@ -186,30 +178,18 @@ class Channel:
         """Make a connection that is as far as the one before, and send again what that left without a confirm."""
         self._connection = connect(self._name)
         self._connection._impl.add_on_connection_blocked_callback(self._on_blocked)
-        if self._queue:
-            self._declare()
-        if self._confirming:
-            self._ask_for_confirms()
+        for step in self._steps:
+            step()
         self._connected_before = True
         while self._again:
             self._publish(self._again[0])
             del self._again[0]  # only now: a Ctrl+C must find it in one of the two
 
-    def _declare(self) -> None:
-        self._channel, _ = declaration.declare(self._connection, self._queue)
-        self._tag = 0  # a new channel counts from one
-
-    def _ask_for_confirms(self) -> None:
-        asked: list[Any] = []
-        self._channel._impl.add_on_return_callback(self._on_return)
-        self._channel._impl.confirm_delivery(self._on_confirm, callback=asked.append)
-        self._until(lambda: bool(asked))
-
     def _publish(self, message: _Message) -> None:
         self._tag += 1
         self._messages[self._tag] = message
         connection = self._connection._impl
-        # pika makes a system call for each frame, three for a task: keep them here, for _turn() to pass them on joined.
+        # pika makes a system call for each frame, three for a task: keep them here, to be passed on joined.
         connection._adapter_emit_data = self._frames.append
         try:
             self._channel._impl.basic_publish(*message.arguments)
@@ -223,27 +203,24 @@ class Channel:
         return self._size + size <= WINDOW and not self._again
 
     def _until(self, condition: Callable[[], bool]) -> None:
+        """Run pika's loop until condition() holds. Raise what ended the connection, if it did."""
         while not condition():
-            self._turn()
-
-    def _turn(self) -> None:
-        """Let pika do what there is to do, and wait for that. Raise what ended the connection, if it did."""
-        connection = self._connection._impl
-        if self._frames:
-            connection._adapter_emit_data(b"".join(self._frames))
-            self._frames.clear()
-        connection.ioloop.poll()
-        connection.ioloop.process_timeouts()
-        if not self._channel.is_open:
-            raise self._channel._closing_reason
-        self._look()
+            connection = self._connection._impl
+            if self._frames:
+                connection._adapter_emit_data(b"".join(self._frames))
+                self._frames.clear()
+            connection.ioloop.poll()
+            connection.ioloop.process_timeouts()
+            if not self._channel.is_open:
+                raise self._channel._closing_reason
+            self._look()
 
     def _look(self) -> None:
-        """Take stock: give up if there is no hope; draw the line that tells how far it is."""
+        """Draw how far it is, and raise what tells that there is no hope here."""
         now = time.monotonic()
         self._waited += min(now - self._looked_at, STOPPED_SECONDS)
         self._looked_at = now
-        self._progress.show(self._count, self._count - len(self._messages) - len(self._again))
+        self._progress.show(self._position, self._position - len(self._messages) - len(self._again))
         if self._refusal:
             raise Refused(self._refusal)
         if self._nacked and not self._messages:  # all others are answered
@@ -251,7 +228,8 @@ class Channel:
         if self._connection and not self._size:
             self._waited, self._told = 0, set()
         if self._waited > GIVE_UP_SECONDS:
-            raise Refused(f"gave up after {GIVE_UP_SECONDS} s: {self._problem or NO_ANSWER}")
+            why = self._problem or "RabbitMQ confirms nothing, as the queue has no leader. Are most of its nodes up?"
+            raise Refused(f"gave up after {GIVE_UP_SECONDS} s: {why}")
 
     def _drop(self) -> None:
         """Let go of the connection, whatever state it is in."""
@@ -296,16 +274,15 @@ class Channel:
         self._until(lambda: bool(readable))
         loop.remove_handler(file)
 
-    # What pika calls, from within _turn().
+    # What pika calls, from within _until().
 
     def _on_confirm(self, frame: Any) -> None:
         """Take note of a basic.ack or basic.nack, for one task or for all up to that one."""
-        last, nacked = frame.method.delivery_tag, isinstance(frame.method, Basic.Nack)
-        tags = list(itertools.takewhile(last.__ge__, self._messages)) if frame.method.multiple else [last]
-        for tag in tags:
+        last = frame.method.delivery_tag
+        for tag in list(itertools.takewhile(last.__ge__, self._messages)) if frame.method.multiple else [last]:
             if tag not in self._messages or self._refusal:  # RabbitMQ confirms a task that it gave back, too
                 continue
-            if nacked:
+            if isinstance(frame.method, Basic.Nack):
                 self._again.append(self._messages[tag])
                 self._nacked = True
             else:
