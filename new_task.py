@@ -1,15 +1,10 @@
 #!/usr/bin/env python3
 """usage: python new_task.py [WORD ...]   or   python new_task.py - < FILE
 
-Send a task to the queue that worker.py takes its tasks from.
-
-    python new_task.py First message.       the words, joined with spaces; without any: Hello World!
-    python new_task.py - < tasks.txt        each line of standard input is a task
-
-After -- everything is a word, whatever it begins with.
-
-"Sent" means that RabbitMQ has the task on disk and has said so. The exit status is 0 then, 1 if it isn't so, and 2
-if the command line is wrong. RabbitMQ is on localhost, unless AMQP_URL=amqp://USER:PASSWORD@HOST/ names another one.
+Send a task to the queue of worker.py: the words, joined with spaces, or "Hello World!"; or, with -, each line of
+standard input. After -- everything is a word. "Sent" means that RabbitMQ has the task on disk and has said so.
+The exit status is 0 then, 1 if it isn't so, and 2 if the command line is wrong. RabbitMQ is on localhost, unless
+AMQP_URL=amqp://USER:PASSWORD@HOST/ names another one.
 """
 
 import os
@@ -50,13 +45,15 @@ def send(tasks) -> int:
 
 def main() -> int:
     """Send what the command line says; return the exit status."""
-    words = console.command_line(__doc__)
-    task = os.fsencode(" ".join(words or []) or "Hello World!")  # the very bytes that the shell passed
+    words = console.arguments(__doc__, lambda words: words in ([], ["-"]) or words[0] == "--" or words[0][:1] != "-")
+    lines = words == ["-"]
+    task = os.fsencode(" ".join(words[words[:1] == ["--"] :]) or "Hello World!")  # the very bytes that the shell passed
     try:
-        number = send(sys.stdin.buffer if words is None else [task])
+        number = send(sys.stdin.buffer if lines else [task])
     except (NotConfirmed, KeyboardInterrupt) as problem:
-        return console.not_sent(problem)
-    print(f" [x] Sent {number} tasks" if words is None else f" [x] Sent {console.shown(task)}")
+        console.warn(f"Not sent: {str(problem) or 'interrupted.'}", after_ctrl_c=isinstance(problem, KeyboardInterrupt))
+        return 1
+    print(f" [x] Sent {number} tasks" if lines else f" [x] Sent {console.shown(task)}")
     return 0
 
 

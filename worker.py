@@ -1,14 +1,10 @@
 #!/usr/bin/env python3
-"""usage: python worker.py [--graceful]
+"""usage: python worker.py   or   python worker.py --graceful
 
 Do the tasks that new_task.py sends, one at a time, until Ctrl+C. Start as many as you like, each in its own shell.
-
-    python worker.py                 on SIGTERM and Ctrl+C, hand the task in hand back at once
-    python worker.py --graceful      on SIGTERM, finish it first
-
-A task is acknowledged after it is done. If this worker dies before that, RabbitMQ gives the task to another one: no
-task is lost, but a task may be done twice. RabbitMQ is on localhost, unless AMQP_URL=amqp://USER:PASSWORD@HOST/ says
-otherwise.
+A task is acknowledged after it is done: if this worker dies before that, RabbitMQ gives it to another one. With
+--graceful, SIGTERM lets the worker finish its task first. RabbitMQ is on localhost, unless
+AMQP_URL=amqp://USER:PASSWORD@HOST/ names another one.
 """
 
 import sys

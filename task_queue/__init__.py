@@ -6,7 +6,7 @@ from typing import Any
 
 
 def _last_words(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Tell of an exception that nobody caught: in one line, if it is Ctrl+C or a missing pika."""
+    """Tell of what nobody caught: Ctrl+C and a missing pika in one line."""
     if isinstance(error, KeyboardInterrupt):
         sends = sys.argv[0].endswith("new_task.py")
         print(" [!] Not sent: interrupted." if sends else " [!] Stopped by Ctrl+C.", file=sys.stderr)
@@ -29,6 +29,5 @@ except ModuleNotFoundError as error:
 
 # The queue that holds the tasks, and the one for tasks that failed too often.
 QUEUE, DEAD_LETTERS = "task_queue", "task_queue_dead_letters"
-
 # A quorum queue writes each task to disk (on most nodes, in a cluster) before it confirms it, and counts deliveries.
 QUORUM = {"x-queue-type": "quorum"}

@@ -84,27 +84,23 @@ def nodes(name: str) -> list[pika.URLParameters]:
     """Return the nodes of AMQP_URL in random order, so that many workers spread. Refused if it is not well formed."""
     # An empty AMQP_URL is what `AMQP_URL=$UNSET python worker.py` gives: as good as none.
     urls = [url.strip() for url in (os.environ.get("AMQP_URL") or DEFAULT_URL).split(";") if url.strip()]
-    found = [_node(url, name) for url in urls or [""]]
-    return random.sample(found, len(found))
-
-
-def _node(url: str, name: str) -> pika.URLParameters:
     try:
-        parts = urlsplit(url)
-        # An @ behind the host is one of a password that was not encoded: what is taken for the host is a part of it.
-        if parts.scheme not in ("amqp", "amqps") or "@" in parts.path + parts.query + parts.fragment:
-            raise ValueError
-        node = pika.URLParameters(url)
+        for parts in map(urlsplit, urls or [""]):
+            # An @ behind the host is one of a password that was not encoded: what is taken for the host is part of it.
+            if parts.scheme not in ("amqp", "amqps") or "@" in parts.path + parts.query + parts.fragment:
+                raise ValueError
+        found = [pika.URLParameters(url) for url in urls]
     except Exception:  # pika lets out ValueError, TypeError, IndexError, SyntaxError, OSError, ...
         # What is wrong can't be quoted: a mistyped URL has its password in the oddest places.
         raise Refused(
             "AMQP_URL is not a valid AMQP URL. It must read amqp://USER:PASSWORD@HOST:PORT/VIRTUAL_HOST, with special "
             "characters percent-encoded, pika's parameters behind a ?, and ; between the nodes of a cluster."
         ) from None
-    node.heartbeat = HEARTBEAT_SECONDS if node.heartbeat is None else node.heartbeat
-    node.blocked_connection_timeout = node.blocked_connection_timeout or BLOCKED_SECONDS
-    node.client_properties = {"connection_name": name} | (node.client_properties or {})
-    return node
+    for node in found:
+        node.heartbeat = HEARTBEAT_SECONDS if node.heartbeat is None else node.heartbeat
+        node.blocked_connection_timeout = node.blocked_connection_timeout or BLOCKED_SECONDS
+        node.client_properties = {"connection_name": name} | (node.client_properties or {})
+    return random.sample(found, len(found))
 
 
 def _explained(error: Any, node: pika.URLParameters) -> Unreachable | Refused:

@@ -28,12 +28,6 @@ def arguments(usage: str, fit: Callable[[list[str]], bool]) -> list[str]:
     return words
 
 
-def command_line(usage: str) -> list[str] | None:
-    """Return the words that new_task.py was given, or None for `-`: it shall read standard input."""
-    words = arguments(usage, lambda words: words in ([], ["-"]) or words[0] == "--" or words[0][:1] != "-")
-    return None if words == ["-"] else words[words[:1] == ["--"] :]
-
-
 def shown(task: bytes) -> str:
     """Return a task as it is printed: the repr of its text, or of its bytes if that is not UTF-8; shortened if long."""
     try:
@@ -53,12 +47,6 @@ def warn(message: str, after_ctrl_c: bool = False) -> None:
     if after_ctrl_c and sys.stderr.isatty():
         print(file=sys.stderr)
     print(f" [!] {printable(message)}", file=sys.stderr, flush=True)
-
-
-def not_sent(problem: BaseException) -> int:
-    """Say why tasks are not sent, for a NotConfirmed or a KeyboardInterrupt; return the exit status."""
-    warn(f"Not sent: {str(problem) or 'interrupted.'}", after_ctrl_c=isinstance(problem, KeyboardInterrupt))
-    return 1
 
 
 class Progress:

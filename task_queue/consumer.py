@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from task_queue import DEAD_LETTERS, QUORUM, console, dead_letters, declaration
-from task_queue.address import PIKAS_ERRORS, Lost, Refused, Unreachable, close_socket, connect, lost_rabbitmq
+from task_queue.address import PIKAS_ERRORS, Lost, Refused, Unreachable, close_socket, connect, ended, lost_rabbitmq
 
-# Seconds between two attempts to connect: doubled from the first to the last, each one shortened at random by up to
-# half, so that many workers don't come back in the same moment. After a connection that lasted for GOOD seconds the
-# pause is the first again.
+# Seconds between two attempts to connect, from the first to the last, shortened at random: many workers must not come
+# back in the same moment. After a connection that lasted for GOOD seconds the pause is the first again.
 FIRST_PAUSE, LAST_PAUSE, GOOD = 0.5, 3, 30
 # How often the connection is looked after during work, and how often we look for a signal while we don't work.
 TICK_SECONDS = 0.2
@@ -55,24 +54,25 @@ class Channel:
         self._held: list[tuple[Any, ...]] = []  # and others, that could not be set aside
         self._retry_at = 0.0  # when to try that again
         self._told = False  # whether it was told why the connection ended
-        self._pika = threading.Lock()  # pika must not be used by two threads at once
+        self._pika = threading.RLock()  # pika must not be used by two threads at once
         self._pika.acquire()  # the main thread has it, except in heartbeats()
         self._signal = 0  # the first one that came
         self._waits = {signal.SIGTERM} if graceful else set()  # the signals that don't interrupt the work
-        self._working = False  # whether a signal may interrupt us: nothing of pika's is cut in half
+        self._working = self._waiting = False  # whether we do a task, or wait for one: only then a signal ends that
         self._pid = os.getpid()
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._on_signal)
-        # A forked process must not keep the connection of a worker that is killed.
-        os.register_at_fork(after_in_child=lambda: close_socket(self._connection))
+        os.register_at_fork(after_in_child=self._in_a_child)
         threading.Thread(target=self._look_after, daemon=True).start()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         """Any other call is pika's, as basic_qos() and basic_ack()."""
 
         def call(*arguments: Any, **settings: Any) -> Any:
-            with lost_rabbitmq():
+            try:
                 return getattr(self._channel, name)(*arguments, **settings)
+            except PIKAS_ERRORS as error:
+                raise ended(error) from None
 
         return call
 
@@ -84,11 +84,15 @@ class Channel:
     def consume(self, queue: str) -> Iterator[tuple[Any, Any, bytes]]:
         """Yield (method, properties, body) as pika's does; but what has killed ten workers is set aside."""
         worked, held = False, 0
-        deliveries = self._channel.consume(queue, inactivity_timeout=TICK_SECONDS)
+        deliveries = self._channel.consume(queue)
         while True:
             self._stop_if_told()
-            with lost_rabbitmq():
+            self._waiting = True
+            try:
                 delivery = next(deliveries, None)
+            except PIKAS_ERRORS as error:
+                raise ended(error) from None
+            self._waiting = False
             if not delivery:  # RabbitMQ has ended our consumer, and nothing else
                 return console.warn(TOO_LONG if worked else f"The queue {queue!r} was deleted. Declaring it again.")
             worked = self._in_hand = delivery[0] is not None
@@ -106,30 +110,29 @@ class Channel:
                 held = len(self._held)
                 self.cancel()
                 self.basic_qos(prefetch_count=1 + held)
-                deliveries = self._channel.consume(queue, inactivity_timeout=TICK_SECONDS)
+                deliveries = self._channel.consume(queue, inactivity_timeout=HOLD_SECONDS if held else None)
 
-    @contextlib.contextmanager
-    def heartbeats(self) -> Iterator[None]:
-        """While this block runs, RabbitMQ hears from us. Whatever it raises comes out as TaskFailed, but for Stop.
+    def heartbeats(self) -> "Channel":
+        """In a `with` block of this RabbitMQ hears from us. What the block raises, but for Stop, becomes TaskFailed.
 
-        A process that the block forks ends here.
+        A process that the block forks ends with it.
         """
-        self._pika.release()
+        return self
+
+    def __enter__(self) -> None:
         self._working = True
-        try:
-            if self._signal not in self._waits:
-                self._stop_if_told()
-            yield
-        except BaseException as error:
-            if isinstance(error, Stop) or os.getpid() != self._pid:
-                raise
+        if self._signal not in self._waits:
+            self._stop_if_told()
+        self._pika.release()
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
+        self._working = False
+        if os.getpid() != self._pid:
+            os._exit(0)  # and touch nothing: the task and the connection are the parent's
+        self._pika.acquire()
+        console.restore_output()
+        if error and not isinstance(error, Stop):
             raise TaskFailed(dead_letters.reason(error)) from error
-        finally:
-            self._working = False
-            if os.getpid() != self._pid:
-                os._exit(0)  # and touch nothing: the task and the connection are the parent's
-            self._pika.acquire()
-            console.restore_output()
 
     def requeue_or_set_aside(self, method: Any, properties: Any, task: bytes, failure: TaskFailed) -> None:
         """Give a task back for another try, after a pause; or set it aside when it has had its tries."""
@@ -190,6 +193,8 @@ class Channel:
     def hand_back(self) -> None:
         """Give the tasks in hand back to RabbitMQ, which gives them to other workers; and say goodbye."""
         in_hand = self._in_hand or self._held
+        self._working = False
+        self._pika.acquire()  # a signal may have come before we had it back
         if in_hand:
             with contextlib.suppress(*PIKAS_ERRORS):
                 self._channel.cancel()  # first: or RabbitMQ gives them to us again
@@ -199,10 +204,8 @@ class Channel:
         self._say_goodbye(" The task in hand goes back to the queue." if in_hand else "")
 
     def _close(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection:
-            with contextlib.suppress(*PIKAS_ERRORS):
-                connection.close()
+        with contextlib.suppress(AttributeError, *PIKAS_ERRORS):  # there may be none
+            self._connection.close()
 
     def _look_after(self) -> None:
         """The second thread: answer RabbitMQ's heartbeats while the main thread works, and see to its end."""
@@ -211,33 +214,42 @@ class Channel:
             time.sleep(TICK_SECONDS)
             if self._signal and not (self._working and self._signal in self._waits):
                 left -= TICK_SECONDS
+            if self._signal and self._waiting:
+                with contextlib.suppress(*PIKAS_ERRORS):  # it may be closing
+                    self._connection.add_callback_threadsafe(self._interrupt)
             if self._working and not self._told and self._pika.acquire(blocking=False):
-                lost = ""
                 try:
                     with lost_rabbitmq():
                         self._connection.process_data_events()
-                    if not self._channel.is_open:
-                        lost = TOO_LONG
-                except (Unreachable, Refused) as problem:
-                    lost = f"{problem} This task will be done again."
+                    problem = "" if self._channel.is_open else TOO_LONG
+                except (Lost, Refused) as lost:
+                    problem = f"{lost} This task will be done again."
                 self._pika.release()
-                if lost:
-                    self._told = True
-                    console.warn(lost)
+                self._told = bool(problem)
+                if problem:
+                    console.warn(problem)
         self._say_goodbye()
         os._exit(0)
 
     def _on_signal(self, signum: int, _frame: Any) -> None:
-        if os.getpid() != self._pid:  # a process that work() forked: a signal ends it, as it ends any process
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
-        elif self._signal:
+        if self._signal:
             os._exit(0)  # RabbitMQ sees the connection close, and gives the task to another worker
         self._signal = signum
         if self._working and signum in self._waits:
             with contextlib.suppress(OSError):  # not print(), which must not be used in a signal handler
                 os.write(2, b" [!] SIGTERM: will stop when this task is done, or at once on a second signal.\n")
         elif self._working:
+            raise Stop
+
+    def _in_a_child(self) -> None:
+        """In a process that work() forked: a signal ends it as any process, and the connection is not its."""
+        close_socket(self._connection)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_DFL)
+
+    def _interrupt(self) -> None:
+        """End the wait for a task. pika calls it, between two rounds of its loop; maybe too late."""
+        if self._waiting:
             raise Stop
 
     def _stop_if_told(self) -> None:

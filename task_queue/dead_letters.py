@@ -85,16 +85,14 @@ def list_or_requeue(command: str) -> None:
             method, properties, task = channel.basic_get(DEAD_LETTERS)
             if not method:  # somebody else took it
                 return
-            notes = properties.headers or {}
-            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(notes.get("x-set-aside-at", 0)))
-            tries, why = notes.get("x-set-aside-after-deliveries"), notes.get("x-set-aside-because")
+            note = (properties.headers or {}).get
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(note("x-set-aside-at", 0)))
+            tries, why = note("x-set-aside-after-deliveries"), note("x-set-aside-because")
+            story = console.printable(f"set aside {when} after {tries} deliveries: {why}")
             _send_copy(sender, queue, task, properties, {})
             channel.basic_ack(method.delivery_tag)
-            if command == "requeue":
-                print(f" [x] Requeued {console.shown(task)}")
-            else:
-                story = console.printable(f"set aside {when} after {tries} deliveries: {why}")
-                print(f" [x] {console.shown(task)}, {story}")
+            shown = console.shown(task)
+            print(f" [x] Requeued {shown}" if command == "requeue" else f" [x] {shown}, {story}")
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
 """A channel that confirms: many tasks are on their way at once, and each one counts until RabbitMQ has confirmed it.
 
-To wait for one confirm before the next task is sent costs a round trip per task, and that is what basic_publish() of
-pika's BlockingChannel does. The channel inside of it does not wait, so this publishes there, keeps what is not
-confirmed, and runs pika's loop when that is too much. If the connection is lost, it goes out again on another one.
+pika's BlockingChannel waits for each confirm: a round trip per task. The channel inside of it doesn't wait. So this
+publishes there, keeps what is not confirmed, and runs pika's loop when that is too much. If the connection is lost, it
+sends that again on another one.
 """
 
 import contextlib
@@ -49,11 +49,10 @@ class _Message(NamedTuple):
 
 
 class Channel:
-    """A channel with pika's names and arguments that outlives its connection. Use it in a `with` block, on one thread.
+    """A channel with pika's names that outlives its connection. Use it in a `with` block, on one thread of one process.
 
     Each call raises NotConfirmed if RabbitMQ can't be reached at first, refuses, or confirms nothing for
-    GIVE_UP_SECONDS; what was not confirmed is given up then. A channel may be kept: while it isn't used it may lose its
-    connection, and it makes a new one at the next task. A forked process needs a channel of its own.
+    GIVE_UP_SECONDS; what was not confirmed is given up then. A channel may be kept, and lie idle.
     """
 
     def __init__(self, name: str):
@@ -72,14 +71,13 @@ class Channel:
         self._problem, self._told = "", set[str]()  # why nothing is confirmed, and what the user knows of that
 
     def __enter__(self) -> "Channel":
-        self._on_a_connection(lambda: None)
         return self
 
     def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
         if isinstance(error, KeyboardInterrupt):
             error.args = self._not_confirmed("interrupted.").args
-        elif not error and self._connection:  # RabbitMQ logs a warning about a connection that just ends
-            with contextlib.suppress(*PIKAS_ERRORS):
+        elif not error:  # RabbitMQ logs a warning about a connection that just ends
+            with contextlib.suppress(AttributeError, *PIKAS_ERRORS):  # there may be none
                 self._connection.close()
         self._drop()
         self._progress.end()
