@@ -14,7 +14,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from node import Node, NodeError
-from processes import ROOT, Line, Script, ignore_signals, raise_on_signals, signals_held
+from processes import ROOT, Line, Script, ignore_signals, raise_on_signals
 
 # Pauses in seconds. A person needs a moment before the next command, and to see the end before it starts again.
 BEFORE_A_COMMAND, MID_TASK, AT_THE_END = 0.5, 2, 5
@@ -39,8 +39,7 @@ class Recorder:
         """Start one of the two scripts in a shell, after a moment, and return it running."""
         time.sleep(BEFORE_A_COMMAND)
         self.type(shell, " ".join(["$ python", *command]))
-        with signals_held():
-            self.scripts.append((shell, Script(*command, url=self.url)))
+        self.scripts.append((shell, Script(*command, url=self.url)))
         return self.scripts[-1][1]
 
     def send(self, *words: str) -> None:
