@@ -229,7 +229,7 @@ def main() -> int:
         demo.server = rabbitmq.find()
         refuse_to_meddle()
         for act in (round_robin, killed_workers, fair_dispatch, killed_rabbitmq):
-            print(f"\n{act.__doc__}", flush=True)
+            print(f"\n{act.__doc__.rstrip()}\n", flush=True)
             act(demo)
         lost = tally(demo.events)
         print(GO_ON)
