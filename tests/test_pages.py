@@ -178,22 +178,22 @@ def player(request, tmp_path, monkeypatch, capsys):
     for folder in ("task_queue", "tools"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     monkeypatch.delenv("AMQP_URL", raising=False)
-    ports = {what: free_port() for what in rabbitmq.WATCH_PORTS}
-    if request.param != "docker":
-        monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent")
-    for what, port in ports.items():
-        monkeypatch.setenv(f"{what.upper()}_PORT", str(port))  # for Compose
+    compose = ["docker", "compose", "-p", f"task-queue-test-{os.getpid()}-player"]
+    run = functools.partial(subprocess.run, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    monkeypatch.setattr(rabbitmq.Container, "compose", lambda _, *words: run([*compose, *words], check=True).stdout)
+    monkeypatch.setattr(rabbitmq, "docker_answers", lambda: request.param == "docker")
     monkeypatch.setattr(rabbitmq, "FOLDER", tmp_path / ".rabbitmq")
     monkeypatch.setattr(rabbitmq, "PORT", free_port())
-    monkeypatch.setattr(rabbitmq, "WATCH_PORTS", ports)
-    monkeypatch.setattr(rabbitmq.Container, "port", rabbitmq.PORT)
-    monkeypatch.setattr(rabbitmq.Container, "project", f"task-queue-test-{os.getpid()}-page")
-    server = rabbitmq.find()
-    assert isinstance(server, Node) == (request.param != "docker")
+    monkeypatch.setattr(rabbitmq, "WATCH_PORTS", {what: free_port() for what in rabbitmq.WATCH_PORTS})
+    for what, port in {"amqp": rabbitmq.PORT, **rabbitmq.WATCH_PORTS}.items():
+        monkeypatch.setenv(f"{what.upper()}_PORT", str(port))  # for Compose
+    assert isinstance(rabbitmq.find(), Node) == (request.param != "docker")
     player = Player(tmp_path, f"amqp://localhost:{rabbitmq.PORT}", capsys)
     yield player
     player.close()
-    rabbitmq.clean()
+    rabbitmq.stop()
+    if request.param == "docker":
+        run([*compose, "down", "--volumes"])
 
 
 @pytest.mark.timeout(600)
