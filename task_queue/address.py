@@ -122,7 +122,8 @@ def _explained(error: Any, node: pika.URLParameters) -> Unreachable | Refused:
     # A connection that breaks while TLS is set up is an SSLError as well.
     if isinstance(error, ssl.SSLError) and "EOF" not in text:
         return Refused(f"{where} does not speak TLS ({error.reason}). Use amqp://, or the port that is for amqps://.")
-    return Unreachable(f"can't reach RabbitMQ at {where} ({text}). Is it running, and does AMQP_URL say where?")
+    remedy = "Is it running (in this folder: make rabbitmq), and does AMQP_URL say where?"
+    return Unreachable(f"can't reach RabbitMQ at {where} ({text}). {remedy}")
 
 
 def describe(error: BaseException) -> str:

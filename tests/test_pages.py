@@ -1,6 +1,7 @@
 """The pages are true: each command is run in the shell it names, in order, and prints what the page shows."""
 
 import functools
+import inspect
 import itertools
 import os
 import re
@@ -18,16 +19,12 @@ import rabbitmq
 from conftest import DEADLINE, ROOT
 from node import Node, free_port
 
+import new_task
 import task_queue
+import worker
 
-PAGES = [
-    "README.md",
-    "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("tutorial", "reference", "benchmarks", "how-far")),
-]
 TRANSLATIONS = [("README.md", "README.ko.md"), ("docs/tutorial.md", "docs/tutorial.ko.md")]
-TRANSLATIONS = [pair for pair in TRANSLATIONS if (ROOT / pair[1]).exists()]
-PAGES = [name for name in [*PAGES, *(page for _, page in TRANSLATIONS)] if (ROOT / name).exists()]
+PAGES = [str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]]
 TEXT = {name: (ROOT / name).read_text() for name in PAGES}
 
 # What fits beside GitHub's list of files on a screen of 1280 pixels, in characters.
@@ -38,6 +35,8 @@ AS_TYPED = {
     "make dead-letters": "python -m task_queue.dead_letters list",
     "make requeue-dead-letters": "python -m task_queue.dead_letters requeue",
 }
+
+MAKE = {"rabbitmq": rabbitmq.find, "kill-rabbitmq": rabbitmq.kill, "stop": rabbitmq.stop}
 
 # RabbitMQ updates what it tells of a queue every five seconds, or every second where make started it.
 FIGURES_DEADLINE = 15
@@ -61,7 +60,7 @@ def in_shells(page: str) -> list[tuple[str, list[str]]]:
 
 
 def comparable(line: str) -> str:
-    """Return a line without what differs from run to run, and between a node and a container, as the page says."""
+    """Return a line without what differs from run to run, and between a node and a container."""
     line = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", line)
     if line.startswith("RabbitMQ:"):
         line = line.replace("container", "node").replace("it with Docker (docker compose up)", "a private node")
@@ -75,8 +74,8 @@ class Shell:
     def __init__(self, folder: Path, environment: dict):
         settings = {"PS1": "", "PS2": "", "TERM": "dumb", "LC_ALL": "C.UTF-8"}
         settings["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        command = ["--norc", "--noediting", "-i"]
-        self.bash = pexpect.spawn("bash", command, cwd=folder, env=environment | settings, echo=False, encoding="utf-8")
+        command = "bash --norc --noediting -i"
+        self.bash = pexpect.spawn(command, cwd=folder, env=environment | settings, echo=False, encoding="utf-8")
         self.bash.delaybeforesend = None
 
     def next_line(self) -> str:
@@ -104,14 +103,12 @@ class Player:
     def __init__(self, folder: Path, url: str, capsys):
         self._new_shell = functools.partial(Shell, folder, {**os.environ, "AMQP_URL": url})
         self._capsys = capsys
-        self._shells: dict[str, Shell] = {}
+        self._shells = {}
         self._printed: list[str] = []  # what an intercepted make has printed, and the page must show next
 
     def play(self, page: str) -> None:
         for number, lines in in_shells(page):
-            if number not in self._shells:
-                self._shells[number] = self._new_shell()
-            self.play_block(self._shells[number], lines)
+            self.play_block(self._shells.get(number) or self._shells.setdefault(number, self._new_shell()), lines)
         self.close()
 
     def play_block(self, shell: Shell, lines: list[str]) -> None:
@@ -120,9 +117,8 @@ class Player:
             line = lines.pop(0)
             if line == "$ make queues" or line.startswith("$ curl"):
                 self.await_figures(line[2:], lines)
-            elif line in ("$ make rabbitmq", "$ make kill-rabbitmq", "$ make stop"):
-                does = {"rabbitmq": rabbitmq.find, "kill-rabbitmq": rabbitmq.kill, "stop": rabbitmq.stop}
-                self._printed = self.printed_by(does[line.split()[-1]])
+            elif line.removeprefix("$ make ") in MAKE:
+                self._printed = self.printed_by(MAKE[line.split()[-1]])
             elif line.startswith(("$ ", "> ")):
                 shell.bash.sendline(AS_TYPED.get(line[2:], line[2:]))
             elif line == "^C":
@@ -167,16 +163,21 @@ class Player:
         self._shells = {}
 
 
+def copy_project(folder: Path) -> None:
+    """Copy what runs, and what Docker needs."""
+    shutil.copytree(
+        ROOT, folder, ignore=shutil.ignore_patterns(".?*", "tests", "docs", "__pycache__"), dirs_exist_ok=True
+    )
+    shutil.copy(ROOT / ".dockerignore", folder)
+
+
 ON_DOCKER = pytest.param("docker", marks=[pytest.mark.docker, pytest.mark.xdist_group("test_compose.py")])
 
 
 @pytest.fixture(params=["a private node", ON_DOCKER])
 def player(request, tmp_path, monkeypatch, capsys):
     """Plays pages in a copy of the project. RabbitMQ is there as `make demo` leaves it: a node, or a container."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.yml")]:
-        shutil.copy(path, tmp_path)
-    for folder in ("task_queue", "tools"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
+    copy_project(tmp_path)
     monkeypatch.delenv("AMQP_URL", raising=False)
     compose = ["docker", "compose", "-p", f"task-queue-test-{os.getpid()}-player"]
     run = functools.partial(subprocess.run, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -213,13 +214,9 @@ def test_a_clone_is_all_that_the_demo_needs(tmp_path):
 def test_the_front_page_shows_the_heart_of_both_scripts():
     """When the scripts have changed, put what this expects into the page."""
     shown = [block.rstrip() for block in blocks("README.md", "python")]
-    for file, function in (("new_task.py", "send"), ("worker.py", "do_tasks")):
-        source = (ROOT / file).read_text()
-        body = re.search(
-            rf'^def {function}\(.*?"""\n(.*?)\n\n\n', source.replace('"""', "", 2), re.DOTALL | re.MULTILINE
-        )
-        body = body[1].partition('"""\n')[2] or body[1]
-        assert shown.pop(0) == textwrap.dedent(body)
+    for function in (new_task.send, worker.do_tasks):
+        _, _, body = inspect.getsource(function).split('"""', 2)
+        assert shown.pop(0) == textwrap.dedent(body.strip("\n"))
 
 
 def test_a_user_with_the_permissions_of_the_reference_can_do_everything(broker, shells):
@@ -230,22 +227,22 @@ def test_a_user_with_the_permissions_of_the_reference_can_do_everything(broker, 
         connection.channel().queue_delete(task_queue.QUEUE)  # which she may declare
     shells.url = broker.url.replace("guest:guest", "anna:a-password")
     program = "import sys, worker\ndef work(_):\n    1 / 0\nworker.work = work\nsys.exit(worker.main())"
-    worker = shells.start("-c", program)
+    failing = shells.start("-c", program)
     shells.send("task")
-    worker.wait_for("Set aside 'task'")
+    failing.wait_for("Set aside 'task'")
     for command in ("list", "requeue"):
         assert shells.start("-m", "task_queue.dead_letters", command).ends() == 0
-    worker.wait_for("Received 'task'", times=11)
+    failing.wait_for("Received 'task'", times=11)
 
 
 def test_a_terminal_shows_ctrl_c_on_a_line_of_its_own(broker):
     """The page shows it so, and its shells echo nothing: so here is one that does."""
     environment = {**os.environ, "AMQP_URL": broker.url}
-    worker = pexpect.spawn(sys.executable, ["worker.py"], cwd=ROOT, env=environment, encoding="utf-8")
-    worker.expect_exact("To exit press CTRL+C\r\n", timeout=DEADLINE)
-    worker.sendcontrol("c")
-    worker.expect_exact("^C\r\n [!] Stopped by Ctrl+C.\r\n", timeout=DEADLINE)
-    worker.close()
+    receiver = pexpect.spawn(sys.executable, ["worker.py"], cwd=ROOT, env=environment, encoding="utf-8")
+    receiver.expect_exact("To exit press CTRL+C\r\n", timeout=DEADLINE)
+    receiver.sendcontrol("c")
+    receiver.expect_exact("^C\r\n [!] Stopped by Ctrl+C.\r\n", timeout=DEADLINE)
+    receiver.close()
 
     sender = pexpect.spawn(sys.executable, ["new_task.py", "-"], cwd=ROOT, env=environment, encoding="utf-8")
     sender.expect_exact("0 sent", timeout=DEADLINE)  # it waits for lines
@@ -261,15 +258,11 @@ CLUSTER_PORT = re.compile(r"\b1?567[345]\b")
 class DockerPage:
     """Two shells in a copy of the project, with Compose projects of their own, on other ports than the page's."""
 
-    files = ("docker-compose.yml", "docker-compose.cluster.yml")
-
     def __init__(self, folder: Path):
         self._ports = {}
-        for path in [ROOT / "Dockerfile", ROOT / ".dockerignore", ROOT / "requirements.txt", *ROOT.glob("*.py")]:
-            shutil.copy(path, folder)
-        shutil.copytree(ROOT / "task_queue", folder / "task_queue")
-        for name in self.files:
-            (folder / name).write_text(self.on_other_ports((ROOT / name).read_text()))
+        copy_project(folder)
+        for path in folder.glob("*.yml"):
+            path.write_text(self.on_other_ports(path.read_text()))
         settings = {k: v for k, v in os.environ.items() if not k.startswith(("COMPOSE_", "RABBITMQ_", "AMQP_"))}
         settings |= {"AMQP_PORT": "0", "MANAGEMENT_PORT": "0", "PROMETHEUS_PORT": "0"}  # 0: any that is free
         self._project = settings["COMPOSE_PROJECT_NAME"] = f"task-queue-test-{os.getpid()}-pages"
@@ -300,25 +293,20 @@ class DockerPage:
     def close(self) -> None:
         for shell in self.shells:
             shell.bash.close(force=True)
-        for file in self.files:
+        for file in ("docker-compose.yml", "docker-compose.cluster.yml"):
             down = ["docker", "compose", "-f", file, "--profile", "*", "down"]
             self._run([*down, "--volumes", "--remove-orphans", "--rmi", "local", "--timeout", "0"], capture_output=True)
-
-
-@pytest.fixture
-def docker_page(tmp_path):
-    page = DockerPage(tmp_path)
-    yield page
-    page.close()
 
 
 @pytest.mark.docker
 @pytest.mark.xdist_group("test_compose.py")
 @pytest.mark.timeout(600)
-def test_every_command_for_docker_does_what_the_page_says(docker_page):
+def test_every_command_for_docker_does_what_the_page_says(tmp_path, request):
+    docker_page = DockerPage(tmp_path)
+    request.addfinalizer(docker_page.close)
     enter, (one, two) = docker_page.enter, docker_page.shells
     found = [block.splitlines() for block in blocks("docs/tutorial.md", "sh")]
-    (up,), (send,), (cluster, nodes, worker), (alias, status, *grow), downs = found
+    (up,), (send,), (cluster, nodes, receive), (alias, status, *grow), downs = found
     enter(one, up, *3 * [" [*] Waiting for messages."])
     enter(two, send, " [x] Sent 'First message.'")
     one.bash.expect_exact(" [x] Received 'First message.'", timeout=DOCKER_DEADLINE)
@@ -328,7 +316,7 @@ def test_every_command_for_docker_does_what_the_page_says(docker_page):
 
     enter(one, f"{cluster} && echo up: $?", "up: 0")
     enter(one, nodes)
-    enter(one, worker, " [*] Waiting for messages.")  # by now the queue is declared, with its three members
+    enter(one, receive, " [*] Waiting for messages.")  # by now the queue is declared, with its three members
     enter(two, alias)
     for node in ("rabbit@rabbit2", "rabbit@rabbit3"):
         enter(two, f"in_rabbit1 rabbitmq-queues shrink {node}; echo shrunk: $?", "shrunk: 0")
