@@ -50,10 +50,8 @@ def lost_rabbitmq(hopeless: tuple[int, ...] = (403,)) -> Iterator[None]:
         if code in hopeless:
             raise Refused(f"RabbitMQ refuses: {text}.") from error
         if code == 541:
-            text = (
-                f"RabbitMQ can't serve the queue {QUEUE!r} ({text}): its log tells more. If the queue can't come back,"
-            )
-            raise Lost(f"{text} rabbitmqctl delete_queue {QUEUE} deletes it, tasks and all.") from error
+            cure = f"If the queue can't come back, rabbitmqctl delete_queue {QUEUE} deletes it, tasks and all."
+            raise Lost(f"RabbitMQ can't serve the queue {QUEUE!r} ({text}): its log tells more. {cure}") from error
         raise Lost(f"Lost RabbitMQ ({text}).") from error
 
 

@@ -16,16 +16,7 @@ from pika.exceptions import ConnectionBlockedTimeout
 from pika.spec import Basic
 
 from task_queue import QUORUM, console, declaration
-from task_queue.address import (
-    BLOCKED_SECONDS,
-    PIKAS_ERRORS,
-    Lost,
-    Refused,
-    Unreachable,
-    close_socket,
-    connect,
-    lost_rabbitmq,
-)
+from task_queue.address import BLOCKED_SECONDS, Lost, Refused, Unreachable, close_socket, connect, lost_rabbitmq
 
 # How many bytes may be without a confirm: memory holds them. A task counts as one of SMALL bytes at least, so these are
 # 2000 tasks. When that is reached, ROOM bytes must be confirmed before it goes on: task by task would be slow.
@@ -89,7 +80,7 @@ class Channel:
         if isinstance(error, KeyboardInterrupt):
             error.args = self._not_confirmed("interrupted.").args
         elif not error:  # RabbitMQ logs a warning about a connection that just ends
-            with contextlib.suppress(AttributeError, *PIKAS_ERRORS):  # there may be none
+            with contextlib.suppress(Exception):  # there may be none; and all is confirmed, whatever comes now
                 self._connection.close()
         self._drop()
         self._progress.end()
