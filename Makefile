@@ -43,7 +43,7 @@ requeue-dead-letters: .venv/run ## send the tasks that failed too often again
 rabbitmq: .venv/run ## start a RabbitMQ to play with, in the ways that demo does
 	@.venv/bin/python tools/rabbitmq.py start
 
-queues: ## list the queues of that RabbitMQ, or of your own one: rabbitmqctl list_queues
+queues: ## list the queues of that RabbitMQ
 	@$(PYTHON) tools/rabbitmq.py queues
 
 kill-rabbitmq: ## kill -9 that RabbitMQ, to see what survives
@@ -53,7 +53,8 @@ stop: ## stop the RabbitMQ that demo started, and nothing else
 	@$(PYTHON) tools/rabbitmq.py stop
 
 clean: ## stop, and delete what was set up here: .venv, RabbitMQ with its data, caches
-	@$(PYTHON) tools/rabbitmq.py clean
+	@$(PYTHON) tools/rabbitmq.py stop
+	@docker compose -p task-queue-demo down --volumes >/dev/null 2>&1 || true
 	@rm -rf .venv .rabbitmq .pytest_cache .ruff_cache __pycache__ */__pycache__
 
 # What is installed in .venv, as files that are as old as the installation.

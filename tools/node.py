@@ -1,8 +1,4 @@
-"""A private RabbitMQ node on this machine, for the demo, the tests and the benchmarks.
-
-It listens on loopback only and keeps everything that it writes in one folder, so that it never meets a RabbitMQ that
-somebody else runs here. It needs RabbitMQ's programs and nothing else: no root, no service manager, no Docker.
-"""
+"""A private RabbitMQ node on this machine: it listens on loopback only, and writes to one folder only."""
 
 import contextlib
 import json
@@ -12,54 +8,51 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import time
 from pathlib import Path
 
-# How long a node may take to answer; a busy machine needs 15 s, so this is only reached when something is broken.
-START_TIMEOUT = 90
+from processes import wait_until
 
-NOT_INSTALLED = (
-    "RabbitMQ is not installed, and this can't install it. Install it (Debian, Ubuntu: sudo apt-get install "
-    "rabbitmq-server; macOS: brew install rabbitmq), or name the folder of its programs in RABBITMQ_BIN. The demo also "
-    "takes the RabbitMQ that AMQP_URL names, and one in Docker, if that runs"
-)
+# How long a node may take to start or to stop. A busy machine needs 15 s, so this is only reached when one is broken.
+TIMEOUT = 90
+
+NOT_INSTALLED = """RabbitMQ is not installed, or not in the folder that RABBITMQ_BIN names. Install it (sudo apt-get \
+install rabbitmq-server; brew install rabbitmq), start Docker, or name a RabbitMQ that runs in AMQP_URL"""
 
 
 class NodeError(Exception):
-    """RabbitMQ is not installed, did not start, or did not stop. The message is for the user."""
+    """RabbitMQ is not installed, did not start, or did not stop. The first line of the message is for the user."""
 
 
 def find_programs() -> Path:
-    """Return the folder of RabbitMQ's programs: RABBITMQ_BIN, if that is set. NodeError where there are none."""
-    chosen = os.environ.get("RABBITMQ_BIN")
+    """Return the folder of RabbitMQ's programs. NodeError where there are none."""
     # First Debian's own folder: its /usr/sbin/rabbitmq-server switches to another user and drops the environment.
-    found = shutil.which("rabbitmq-server", path=chosen or f"/usr/lib/rabbitmq/bin:{os.environ.get('PATH', '')}")
-    if not found:
-        raise NodeError(f"RABBITMQ_BIN={chosen} has no rabbitmq-server in it" if chosen else NOT_INSTALLED)
-    return Path(found).parent.resolve()
+    folders = os.environ.get("RABBITMQ_BIN") or f"/usr/lib/rabbitmq/bin:{os.environ['PATH']}"
+    if found := shutil.which("rabbitmq-server", path=folders):
+        return Path(found).parent.resolve()
+    raise NodeError(NOT_INSTALLED)
 
 
-def answers_amqp(host: str, port: int, timeout: float = 2) -> bool:
+def answers_amqp(host: str, port: int) -> bool:
     """Tell whether something on host:port answers AMQP's header, i.e. is ready and not merely listening."""
     try:
-        with socket.create_connection((host, port), timeout) as connection:
+        with socket.create_connection((host, port), timeout=2) as connection:
             connection.sendall(b"AMQP\x00\x00\x09\x01")
             return bool(connection.recv(1))
     except OSError:
         return False
 
 
-def free_port(usual: int | None = None) -> int:
-    """Return a TCP port of loopback on which nobody listens now: the usual one if possible.
+def free_port() -> int:
+    """Return a TCP port of loopback on which nobody listens now.
 
-    Others lie below the ports of outgoing connections: a node that is down for a moment must find its port free again.
+    It lies below the ports of outgoing connections: a node that is down for a moment must find its port free again.
     """
-    port = usual or random.randrange(10_000, 32_000)
-    with contextlib.suppress(OSError):
-        socket.create_connection(("localhost", port), 1).close()
-        return free_port()
-    return port
+    port = random.randrange(10_000, 32_000)
+    try:
+        socket.create_connection(("localhost", port), timeout=1).close()
+    except OSError:
+        return port
+    return free_port()
 
 
 class Node:
@@ -70,14 +63,20 @@ class Node:
     home, epmd_port: nodes that share these two can form a cluster.
     """
 
-    def __init__(
-        self, folder, name="rabbit", port=None, config="", advanced="[].", plugins=(), home=None, epmd_port=None
-    ):
+    def __init__(self, folder, name="rabbit", port=0, config="", advanced="[].", plugins=(), home=None, epmd_port=0):
         self.folder, self.home = Path(folder).resolve(), Path(home or folder).resolve()
         self.name = f"{name}@localhost"
         self.port, self.epmd_port, self.dist_port = port or free_port(), epmd_port or free_port(), free_port()
         self.config, self.advanced, self.plugins = config, advanced, plugins
         self.pid = self._process = None
+
+    @classmethod
+    def load(cls, folder, **settings) -> "Node":
+        """Return the node that an earlier command started in `folder`, or else a new one."""
+        node = cls(folder, **settings)
+        with contextlib.suppress(FileNotFoundError):
+            vars(node).update(json.loads((node.folder / "node.json").read_text()))
+        return node
 
     @property
     def url(self) -> str:
@@ -87,61 +86,46 @@ class Node:
     @property
     def running(self) -> bool:
         """Whether the node's process exists."""
-        if self._process or not self.pid:
-            return bool(self._process) and self._process.poll() is None
+        if self._process:
+            return self._process.poll() is None
         # An earlier command started it. By now its number may be another program's: see what that is.
-        ps = ["ps", "-ww", "-o", "command=", "-p", str(self.pid)]
-        ask = ["cat", f"/proc/{self.pid}/cmdline"] if sys.platform == "linux" else ps  # not every Linux has ps
-        command = subprocess.run(ask, capture_output=True, text=True, errors="replace").stdout.replace("\0", " ")
-        return f"-home {self.home}" in command or "rabbitmq-server" in command
+        ps = subprocess.run(["ps", "-ww", "-o", "command=", "-p", str(self.pid)], capture_output=True, text=True)
+        return f"-home {self.home}" in ps.stdout or "rabbitmq-server" in ps.stdout
 
     def start(self) -> "Node":
-        """Start the node and return it when it answers AMQP. Its data from an earlier run are kept."""
-        self.launch()
+        """Start the node, unless it runs, and return it when it answers AMQP. Its data from an earlier run are kept."""
+        if not self.running:
+            self.launch()
         return self.wait_until_ready()
 
     def launch(self) -> None:
         """Start the process without waiting for it, e.g. because other nodes of its cluster must start as well."""
         self._write_settings()
-        server = find_programs() / "rabbitmq-server"
+        command = [find_programs() / "rabbitmq-server"]
         with (self.folder / "console.log").open("ab") as log:
             # In a session of its own: it outlives this process, and a Ctrl+C in this terminal is not meant for it.
-            self._process = subprocess.Popen(
-                [server], env=self._environment(), cwd=self.folder,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            settings = {"cwd": self.folder, "env": self._environment()}
+            self._process = subprocess.Popen(command, start_new_session=True, **settings, **streams)
         self.pid = self._process.pid
-        saved = ("name", "port", "epmd_port", "dist_port", "config", "advanced", "plugins", "pid")
-        (self.folder / "node.json").write_text(json.dumps({key: getattr(self, key) for key in saved}))
+        saved = {"pid": self.pid, "port": self.port, "epmd_port": self.epmd_port, "dist_port": self.dist_port}
+        (self.folder / "node.json").write_text(json.dumps(saved))
 
-    @classmethod
-    def load(cls, folder) -> "Node | None":
-        """Return the node that an earlier command started in `folder`, or None."""
-        node = cls(folder)
-        try:
-            vars(node).update(json.loads((node.folder / "node.json").read_text()))
-        except (OSError, ValueError):
-            return None
-        return node
-
-    def wait_until_ready(self, timeout: float = START_TIMEOUT) -> "Node":
+    def wait_until_ready(self) -> "Node":
         """Return the node when it answers AMQP; NodeError with the end of its log when it does not."""
-        deadline = time.monotonic() + timeout
-        while not answers_amqp("127.0.0.1", self.port):
-            if not self.running or time.monotonic() > deadline:
-                log = self.folder / "console.log"
-                # The first line is for a user, the rest for a developer.
-                raise NodeError(f"RabbitMQ did not start, see {log}\n{log.read_text(errors='replace')[-2000:]}")
-            time.sleep(0.1)
+        wait_until(lambda: answers_amqp("127.0.0.1", self.port) or not self.running, "RabbitMQ starts", TIMEOUT)
+        if not self.running:
+            log = self.folder / "console.log"
+            raise NodeError(f"RabbitMQ did not start, see {log}\n{log.read_text(errors='replace')[-2000:]}")
         return self
 
-    def stop(self, timeout: float = 60) -> None:
+    def stop(self) -> None:
         """Stop the node in good order, as a service manager would. Does nothing when it is not running."""
-        self._end(os.kill, signal.SIGTERM, timeout)
+        self._end(os.kill, signal.SIGTERM)
 
     def kill(self) -> None:
         """End the node at once (SIGKILL), as a power cut would."""
-        self._end(os.killpg, signal.SIGKILL, 30)  # with Erlang's helpers, which would keep its ports
+        self._end(os.killpg, signal.SIGKILL)  # with Erlang's helpers, which would keep its ports
 
     def freeze(self) -> None:
         """Stop the node's process where it is (SIGSTOP): its connections stay open, but nobody answers on them."""
@@ -151,36 +135,27 @@ class Node:
         """Let a frozen node go on, as if nothing had happened."""
         os.killpg(self.pid, signal.SIGCONT)
 
-    def close(self) -> None:
-        """End the node for good, together with the port mapper (epmd) that Erlang started for it."""
-        self.kill()
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.epmd_port), 2) as epmd:
-            epmd.sendall(b"\x00\x01k")  # KILL_REQ of the EPMD protocol; refused while nodes are registered
-            epmd.recv(2)
-        (self.folder / "node.json").unlink(missing_ok=True)
+    close = kill  # for good: nothing of it is left running
 
     def ctl(self, *arguments: str, program: str = "rabbitmqctl") -> str:
         """Run rabbitmqctl (or another of RabbitMQ's programs) against the node and return what it prints."""
         command = [find_programs() / program, "-q", "-n", self.name, *arguments]
-        done = subprocess.run(
-            command, env=self._environment(), cwd=self.folder, capture_output=True, text=True, timeout=120
-        )
+        done = subprocess.run(command, env=self._environment(), capture_output=True, text=True)
         if done.returncode:
             raise NodeError(f"{program} {' '.join(arguments)} failed: {(done.stderr or done.stdout).strip()}")
         return done.stdout
 
-    def _end(self, send, signum: int, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
+    def _end(self, send, signum: int) -> None:
         if self.running:
             send(self.pid, signum)
-        while self.running:
-            if time.monotonic() > deadline:
-                raise NodeError(f"RabbitMQ (process {self.pid}) did not stop within {timeout} s")
-            time.sleep(0.05)
+        wait_until(lambda: not self.running, f"RabbitMQ (process {self.pid}) ends", TIMEOUT)
+        # And the port mapper that Erlang started for it: a KILL_REQ, which is refused while other nodes need it.
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.epmd_port), 2) as epmd:
+            epmd.sendall(b"\x00\x01k")
+            epmd.recv(2)
 
     def _write_settings(self) -> None:
-        for folder in (self.home, self.folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "rabbitmq.conf").write_text(f"listeners.tcp.1 = 127.0.0.1:{self.port}\n{self.config}")
         (self.folder / "advanced.config").write_text(f"{self.advanced}\n")
         (self.folder / "enabled_plugins").write_text(f"[{','.join(self.plugins)}].\n")
@@ -198,7 +173,6 @@ class Node:
             "RABBITMQ_DIST_PORT": str(self.dist_port),
             "RABBITMQ_MNESIA_BASE": f"{self.folder}/data",
             "RABBITMQ_LOG_BASE": f"{self.folder}/log",
-            "RABBITMQ_PID_FILE": f"{self.folder}/pid",
             "RABBITMQ_CONFIG_FILE": f"{self.folder}/rabbitmq.conf",
             "RABBITMQ_ADVANCED_CONFIG_FILE": f"{self.folder}/advanced.config",
             "RABBITMQ_ENABLED_PLUGINS_FILE": f"{self.folder}/enabled_plugins",
@@ -212,12 +186,8 @@ class Node:
 
 
 def cluster_nodes(folder, count: int = 3, config: str = "", **settings) -> list[Node]:
-    """Return nodes that are not started yet, the others set to join the first. config, settings: as for a Node."""
-    join = (
-        "cluster_formation.peer_discovery_backend = classic_config\n"
-        "cluster_formation.classic_config.nodes.1 = rabbit1@localhost\n"
-    )
-    settings |= {"home": folder, "epmd_port": free_port()}
-    first, *others = [f"rabbit{number}" for number in range(1, count + 1)]
-    nodes = [Node(Path(folder) / first, first, config=config, **settings)]
-    return nodes + [Node(Path(folder) / name, name, config=config + join, **settings) for name in others]
+    """Return nodes that are not started yet, and will join the first. config, settings: as for a Node."""
+    join = "cluster_formation.peer_discovery_backend = classic_config\n"
+    join += "cluster_formation.classic_config.nodes.1 = rabbit1@localhost\n"
+    settings |= {"config": config + join, "home": folder, "epmd_port": free_port()}
+    return [Node(Path(folder) / f"rabbit{n}", f"rabbit{n}", **settings) for n in range(1, count + 1)]

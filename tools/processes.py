@@ -1,6 +1,5 @@
 """Runs worker.py and new_task.py as real processes and reads what they print, for whatever plays with them."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -31,20 +30,16 @@ class Script:
     """A running script. Its output is read line by line as it comes, into `lines`.
 
     command: the words behind `python`. url: AMQP_URL for it; None: as it is here. stdin: as for Popen; nothing by
-    default. own_session: a Ctrl+C in this terminal is not meant for it.
+    default.
     """
 
-    def __init__(
-        self, *command: str, url: str | None, cwd=ROOT, stdin=subprocess.DEVNULL, environment=(), own_session=False
-    ):
+    def __init__(self, *command: str, url: str | None, cwd=ROOT, stdin=subprocess.DEVNULL, environment=()):
         self.name = " ".join(os.fsdecode(word) for word in command)
         self.lines: list[Line] = []
         self._changed = threading.Condition()
         settings = {**os.environ, **({"AMQP_URL": url} if url else {}), **dict(environment)}
         pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self.process = subprocess.Popen(
-            [sys.executable, *command], cwd=cwd, env=settings, start_new_session=own_session, **pipes
-        )
+        self.process = subprocess.Popen([sys.executable, *command], cwd=cwd, env=settings, **pipes)
         streams = {"stdout": self.process.stdout, "stderr": self.process.stderr}
         self._readers = [threading.Thread(target=self._read, args=item, daemon=True) for item in streams.items()]
         for reader in self._readers:
@@ -129,17 +124,3 @@ def ignore_signals() -> None:
     """Let them do nothing: what a program does at its end must not be left undone."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-@contextlib.contextmanager
-def signals_held():
-    """Let them wait until this block is left: else one might come when a process runs that nobody knows of yet."""
-    came = []
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)
