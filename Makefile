@@ -8,29 +8,33 @@ ARGS ?=
 .DELETE_ON_ERROR:
 .PHONY: help demo test bench chaos recording lint dead-letters requeue-dead-letters stop clean rabbitmq queues kill-rabbitmq
 
+# What users run is described behind ##, what maintainers run behind ###.
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-22s %s\n", $$1, $$2 }' Makefile
+	@echo "To use it:"
+	@awk -F ':.* ## ' '/^[a-z-]+:.* ## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
+	@echo "To work on it:"
+	@awk -F ':.* ### ' '/^[a-z-]+:.* ### / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
 
-demo: .venv/run ## play the tutorial on a real RabbitMQ, in about a minute
+demo: .venv/run ## play four acts on a real RabbitMQ, in a minute
 	@.venv/bin/python tools/demo.py
 
-test: .venv/dev ## run the tests on RabbitMQ nodes of their own (ARGS="-k name")
+test: .venv/dev ### run the tests on nodes of their own (ARGS="-k name")
 	@.venv/bin/python tools/rabbitmq.py programs
 	@.venv/bin/python -m pytest $(ARGS)
 
-bench: .venv/dev ## measure the speed on a RabbitMQ node of its own
+bench: .venv/dev ### measure the speed (ARGS="--help")
 	@.venv/bin/python tools/rabbitmq.py programs
 	@.venv/bin/python tools/bench.py $(ARGS)
 
-chaos: .venv/dev ## kill everything at random and count what is lost (ARGS="--help")
+chaos: .venv/dev ### kill at random, count what is lost (ARGS="--help")
 	@.venv/bin/python tools/rabbitmq.py programs
 	@.venv/bin/python tools/chaos.py $(ARGS)
 
-recording: .venv/run ## make docs/recording.svg from a real run
+recording: .venv/run ### make docs/recording.svg from a real run
 	@.venv/bin/python tools/rabbitmq.py programs
 	@.venv/bin/python tools/recording.py $(ARGS)
 
-lint: .venv/dev ## check style and formatting
+lint: .venv/dev ### check style and formatting
 	@.venv/bin/python -m ruff check --quiet .
 	@.venv/bin/python -m ruff format --quiet --check .
 
@@ -40,7 +44,7 @@ dead-letters: .venv/run ## list the tasks that failed too often
 requeue-dead-letters: .venv/run ## send the tasks that failed too often again
 	@.venv/bin/python -m task_queue.dead_letters requeue
 
-rabbitmq: .venv/run ## start a RabbitMQ to play with, in the ways that demo does
+rabbitmq: .venv/run ## find or start a RabbitMQ, as demo does
 	@.venv/bin/python tools/rabbitmq.py start
 
 queues: ## list the queues of that RabbitMQ
@@ -49,10 +53,10 @@ queues: ## list the queues of that RabbitMQ
 kill-rabbitmq: ## kill -9 that RabbitMQ, to see what survives
 	@$(PYTHON) tools/rabbitmq.py kill
 
-stop: ## stop the RabbitMQ that demo started, and nothing else
+stop: ## stop the RabbitMQ that was started here
 	@$(PYTHON) tools/rabbitmq.py stop
 
-clean: ## stop, and delete what was set up here: .venv, RabbitMQ with its data, caches
+clean: ## stop it, and delete it with its data and .venv
 	@$(PYTHON) tools/rabbitmq.py stop
 	@docker compose -p task-queue-demo down --volumes >/dev/null 2>&1 || true
 	@rm -rf .venv .rabbitmq .pytest_cache .ruff_cache __pycache__ */__pycache__

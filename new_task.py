@@ -34,7 +34,7 @@ def send(tasks) -> int:
                 properties=pika.BasicProperties(
                     delivery_mode=pika.DeliveryMode.Persistent,  # on disk, not only in memory
                     content_type="text/plain",
-                    message_id=f"{run}-{number}",  # tells a worker whether it has done this task before
+                    message_id=f"{run}-{number}",  # tells a worker that it has done this before
                     timestamp=int(time.time()),
                 ),
                 mandatory=True,  # without it RabbitMQ confirms even a task that found no queue

@@ -34,13 +34,13 @@ def do_tasks(channel) -> None:
     for method, properties, task in channel.consume(QUEUE):
         print(f" [x] Received {shown(task)}" + " (redelivered)" * method.redelivered)
         try:
-            with channel.heartbeats():  # RabbitMQ must hear from us meanwhile, or it takes us for dead
+            with channel.heartbeats():  # without them RabbitMQ takes us for dead
                 work(task)
         except TaskFailed as failure:
             channel.requeue_or_set_aside(method, properties, task, failure)
         else:
             print(" [x] Done")
-            # Not before the work is done: until RabbitMQ has this ack, it keeps the task for another worker.
+            # Not before the work is done: until then RabbitMQ keeps the task for another worker.
             channel.basic_ack(method.delivery_tag)
 
 

@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config, items):
             if shared in (*item.fixturenames, item.path.name):
                 item.add_marker(pytest.mark.xdist_group(shared))
     # What takes longest comes first: it must not be left alone at the end.
-    items.sort(key=lambda item: item.path.name not in ("test_readme.py", "test_chaos.py"))
+    items.sort(key=lambda item: item.path.name not in ("test_pages.py", "test_chaos.py"))
     # The tests of the Compose files are left out where no Docker engine answers; the summary says so.
     needing = [item for item in items if item.get_closest_marker("docker")]
     if needing and not docker_answers():

@@ -107,6 +107,11 @@ def test_user_and_password_come_from_the_environment(compose: Compose) -> None:
         connect(compose, "guest", "guest")
 
 
+def test_what_rabbitmq_tells_of_a_queue_is_a_second_old_at_most(compose: Compose) -> None:
+    told = "application:get_env(rabbit, quorum_tick_interval)."
+    assert compose("exec", "-T", "--user", "rabbitmq", "rabbitmq", "rabbitmqctl", "-q", "eval", told) == "{ok,1000}\n"
+
+
 def test_three_workers_share_the_tasks_that_run_sends(compose: Compose) -> None:
     start_workers(compose, 3)
     for task in ("First...", "Second...", "Third..."):

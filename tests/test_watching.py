@@ -1,4 +1,4 @@
-"""What the README's chapter on watching shows: what RabbitMQ itself tells about tasks and workers."""
+"""What the chapter on watching (docs/tutorial.md) shows: what RabbitMQ itself tells about tasks and workers."""
 
 import json
 import urllib.request

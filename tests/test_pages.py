@@ -1,12 +1,14 @@
-"""The README is run: each command in the shell it names, in order, and what it prints is compared with the page."""
+"""The pages are true: each command is run in the shell it names, in order, and prints what the page shows."""
 
 import functools
 import itertools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -18,7 +20,18 @@ from node import Node, free_port
 
 import task_queue
 
-README = (ROOT / "README.md").read_text()
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{name}.md" for name in ("tutorial", "reference", "benchmarks", "how-far")),
+]
+TRANSLATIONS = [("README.md", "README.ko.md"), ("docs/tutorial.md", "docs/tutorial.ko.md")]
+TRANSLATIONS = [pair for pair in TRANSLATIONS if (ROOT / pair[1]).exists()]
+PAGES = [name for name in [*PAGES, *(page for _, page in TRANSLATIONS)] if (ROOT / name).exists()]
+TEXT = {name: (ROOT / name).read_text() for name in PAGES}
+
+# What fits beside GitHub's list of files on a screen of 1280 pixels, in characters.
+PAGE_WIDTH = 97
 
 # What make does for these targets, without looking for a .venv.
 AS_TYPED = {
@@ -26,42 +39,45 @@ AS_TYPED = {
     "make requeue-dead-letters": "python -m task_queue.dead_letters requeue",
 }
 
-# RabbitMQ updates what it tells of a queue every five seconds.
+# RabbitMQ updates what it tells of a queue every five seconds, or every second where make started it.
 FIGURES_DEADLINE = 15
 
 # The first command for Docker builds an image; a cluster takes half a minute.
 DOCKER_DEADLINE = 240
 
 
-def blocks() -> list[tuple[str, list[str]]]:
+def blocks(page: str, kind: str) -> list[str]:
+    """Return the blocks of a kind (console, sh, python) of a page."""
+    return re.findall(rf"^```{kind}\n(.*?)```$", TEXT[page], re.DOTALL | re.MULTILINE)
+
+
+def in_shells(page: str) -> list[tuple[str, list[str]]]:
     """Return (number of the shell, lines) for each console block: the shell is the last one that the text names."""
     found, shell = [], ""
-    for text, block in re.findall(r"(.*?)```console\n(.*?)```", README, re.DOTALL):
-        shell = re.findall(r"[Ss]hell (\d)", f"shell {shell} {text}")[-1]
+    for text, block in re.findall(r"(.*?)```console\n(.*?)```", TEXT[page], re.DOTALL):
+        shell = re.findall(r"(?:[Ss]hell|셸) (\d)", f"shell {shell} {text}")[-1]
         found.append((shell, block.splitlines()))
     return found
 
 
 def comparable(line: str) -> str:
-    """Return a line without what differs from run to run: times and ports."""
+    """Return a line without what differs from run to run, and between a node and a container, as the page says."""
     line = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", line)
-    return re.sub(r"(localhost:|after )\d+", r"\1N", line) if "RabbitMQ:" in line else line
+    if line.startswith("RabbitMQ:"):
+        line = line.replace("container", "node").replace("it with Docker (docker compose up)", "a private node")
+        line = re.sub(r"localhost:\d+|,? (after|with) .*", "", line)
+    return line
 
 
 class Shell:
     """A bash on a terminal of its own. Nothing that is typed is echoed, so all there is to read is output."""
 
     def __init__(self, folder: Path, environment: dict):
-        self.bash = pexpect.spawn(
-            "bash", ["--norc", "--noediting", "-i"], cwd=folder, env=environment, echo=False, encoding="utf-8"
-        )
+        settings = {"PS1": "", "PS2": "", "TERM": "dumb", "LC_ALL": "C.UTF-8"}
+        settings["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        command = ["--norc", "--noediting", "-i"]
+        self.bash = pexpect.spawn("bash", command, cwd=folder, env=environment | settings, echo=False, encoding="utf-8")
         self.bash.delaybeforesend = None
-
-    def type(self, line: str) -> None:
-        self.bash.sendline(line)
-
-    def press(self, key: str) -> None:
-        self.bash.sendcontrol(key)
 
     def next_line(self) -> str:
         """Return the next line that is not blank."""
@@ -82,33 +98,37 @@ class Shell:
         assert comparable(shown) == comparable(line)
 
 
-class Page:
-    """Plays the page. RabbitMQ is the one that tools/rabbitmq.py starts for `make demo`, in a folder of the test."""
+class Player:
+    """Plays pages. RabbitMQ is the one that tools/rabbitmq.py starts for `make demo`, in a folder of the test."""
 
-    def __init__(self, folder: Path, environment: dict, capsys):
-        self._folder, self._environment, self._capsys = folder, environment, capsys
-        self._shells = {}
-        self._printed = []  # what an intercepted make has printed, and the page must show next
+    def __init__(self, folder: Path, url: str, capsys):
+        self._new_shell = functools.partial(Shell, folder, {**os.environ, "AMQP_URL": url})
+        self._capsys = capsys
+        self._shells: dict[str, Shell] = {}
+        self._printed: list[str] = []  # what an intercepted make has printed, and the page must show next
 
-    def shell(self, number: str) -> Shell:
-        if number not in self._shells:
-            self._shells[number] = Shell(self._folder, self._environment)
-        return self._shells[number]
+    def play(self, page: str) -> None:
+        for number, lines in in_shells(page):
+            if number not in self._shells:
+                self._shells[number] = self._new_shell()
+            self.play_block(self._shells[number], lines)
+        self.close()
 
-    def play(self, number: str, lines: list[str]) -> None:
-        shell, skipping = self.shell(number), False
+    def play_block(self, shell: Shell, lines: list[str]) -> None:
+        skipping = False
         while lines:
             line = lines.pop(0)
             if line == "$ make queues" or line.startswith("$ curl"):
                 self.await_figures(line[2:], lines)
             elif line in ("$ make rabbitmq", "$ make kill-rabbitmq", "$ make stop"):
-                self.make(line.split()[-1])
+                does = {"rabbitmq": rabbitmq.find, "kill-rabbitmq": rabbitmq.kill, "stop": rabbitmq.stop}
+                self._printed = self.printed_by(does[line.split()[-1]])
             elif line.startswith(("$ ", "> ")):
-                shell.type(AS_TYPED.get(line[2:], line[2:]))
+                shell.bash.sendline(AS_TYPED.get(line[2:], line[2:]))
             elif line == "^C":
-                shell.press("c")
+                shell.bash.sendcontrol("c")
             elif line.startswith("^\\"):
-                shell.press("\\")
+                shell.bash.sendcontrol("\\")
                 shell.must_show(line[2:], skipping=True)
             elif line == "...":
                 skipping = True
@@ -120,11 +140,11 @@ class Page:
             skipping = False
         assert not self._printed
 
-    def make(self, target: str) -> None:
-        """Do what the target does, with a RabbitMQ that is the test's own."""
+    def printed_by(self, make) -> list[str]:
+        """Do what a target of make does, with a RabbitMQ that is the test's own; return what it prints."""
         self._capsys.readouterr()
-        {"rabbitmq": rabbitmq.find, "kill-rabbitmq": rabbitmq.kill, "stop": rabbitmq.stop}[target]()
-        self._printed = self._capsys.readouterr().out.splitlines()
+        make()
+        return self._capsys.readouterr().out.splitlines()
 
     def await_figures(self, command: str, lines: list[str]) -> None:
         """Ask RabbitMQ for figures until they are those of the page."""
@@ -137,48 +157,85 @@ class Page:
     def figures(self, command: str) -> list[str]:
         """Return what one of the two commands shows that ask RabbitMQ for figures."""
         if command == "make queues":
-            self._capsys.readouterr()
-            rabbitmq.queues()
-            return self._capsys.readouterr().out.splitlines()
+            return self.printed_by(rabbitmq.queues)
         typed = command.replace("15692", str(rabbitmq.WATCH_PORTS["prometheus"]))
         return subprocess.run(["bash", "-c", typed], capture_output=True, text=True).stdout.splitlines()
 
     def close(self) -> None:
         for shell in self._shells.values():
             shell.bash.close(force=True)
+        self._shells = {}
 
 
-@pytest.fixture
-def page(tmp_path, monkeypatch, capsys):
-    """The page, to be played in a copy of the scripts, with a RabbitMQ as `make demo` leaves it."""
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, tmp_path)
+ON_DOCKER = pytest.param("docker", marks=[pytest.mark.docker, pytest.mark.xdist_group("test_compose.py")])
+
+
+@pytest.fixture(params=["a private node", ON_DOCKER])
+def player(request, tmp_path, monkeypatch, capsys):
+    """Plays pages in a copy of the project. RabbitMQ is there as `make demo` leaves it: a node, or a container."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.yml")]:
+        shutil.copy(path, tmp_path)
     for folder in ("task_queue", "tools"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     monkeypatch.delenv("AMQP_URL", raising=False)
-    monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent")  # or it would be a container
+    compose = ["docker", "compose", "-p", f"task-queue-test-{os.getpid()}-player"]
+    run = functools.partial(subprocess.run, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    monkeypatch.setattr(rabbitmq.Container, "compose", lambda _, *words: run([*compose, *words], check=True).stdout)
+    monkeypatch.setattr(rabbitmq, "docker_answers", lambda: request.param == "docker")
     monkeypatch.setattr(rabbitmq, "FOLDER", tmp_path / ".rabbitmq")
     monkeypatch.setattr(rabbitmq, "PORT", free_port())
     monkeypatch.setattr(rabbitmq, "WATCH_PORTS", {what: free_port() for what in rabbitmq.WATCH_PORTS})
-    rabbitmq.find()
-    environment = {
-        **os.environ,
-        "AMQP_URL": Node.load(rabbitmq.FOLDER).url,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PS1": "",
-        "PS2": "",
-        "TERM": "dumb",
-    }
-    page = Page(tmp_path, environment, capsys)
-    yield page
-    page.close()
+    for what, port in {"amqp": rabbitmq.PORT, **rabbitmq.WATCH_PORTS}.items():
+        monkeypatch.setenv(f"{what.upper()}_PORT", str(port))  # for Compose
+    assert isinstance(rabbitmq.find(), Node) == (request.param != "docker")
+    player = Player(tmp_path, f"amqp://localhost:{rabbitmq.PORT}", capsys)
+    yield player
+    player.close()
     rabbitmq.stop()
+    if request.param == "docker":
+        run([*compose, "down", "--volumes"])
 
 
-@pytest.mark.timeout(400)
-def test_every_command_does_what_the_page_shows(page):
-    for number, lines in blocks():
-        page.play(number, list(lines))
+@pytest.mark.timeout(600)
+def test_every_command_does_what_the_page_shows(player):
+    player.play("README.md")
+    player.play("docs/tutorial.md")
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone")
+def test_a_clone_is_all_that_the_demo_needs(tmp_path):
+    (lines,) = blocks("README.md", "sh")
+    lines = lines.replace("<this repository's URL>", shlex.quote(str(ROOT))).replace("make", "make --dry-run")
+    done = subprocess.run(["bash", "-e"], input=lines, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, "tools/demo.py" in done.stdout) == (0, True), done.stderr
+
+
+def test_the_front_page_shows_the_heart_of_both_scripts():
+    """When the scripts have changed, put what this expects into the page."""
+    shown = [block.rstrip() for block in blocks("README.md", "python")]
+    for file, function in (("new_task.py", "send"), ("worker.py", "do_tasks")):
+        source = (ROOT / file).read_text()
+        body = re.search(
+            rf'^def {function}\(.*?"""\n(.*?)\n\n\n', source.replace('"""', "", 2), re.DOTALL | re.MULTILINE
+        )
+        body = body[1].partition('"""\n')[2] or body[1]
+        assert shown.pop(0) == textwrap.dedent(body)
+
+
+def test_a_user_with_the_permissions_of_the_reference_can_do_everything(broker, shells):
+    commands = re.findall(r"^    rabbitmqctl (.* anna .*)$", TEXT["docs/reference.md"], re.MULTILINE)
+    for command in commands:
+        broker.node.ctl(*shlex.split(command))
+    with broker.connect() as connection:
+        connection.channel().queue_delete(task_queue.QUEUE)  # which she may declare
+    shells.url = broker.url.replace("guest:guest", "anna:a-password")
+    program = "import sys, worker\ndef work(_):\n    1 / 0\nworker.work = work\nsys.exit(worker.main())"
+    worker = shells.start("-c", program)
+    shells.send("task")
+    worker.wait_for("Set aside 'task'")
+    for command in ("list", "requeue"):
+        assert shells.start("-m", "task_queue.dead_letters", command).ends() == 0
+    worker.wait_for("Received 'task'", times=11)
 
 
 def test_a_terminal_shows_ctrl_c_on_a_line_of_its_own(broker):
@@ -195,18 +252,6 @@ def test_a_terminal_shows_ctrl_c_on_a_line_of_its_own(broker):
     sender.sendcontrol("c")
     sender.expect(r"\^C[^!]*\r\n \[!\] Not sent: interrupted", timeout=DEADLINE)
     sender.close()
-
-
-def test_queues_are_listed_in_columns(broker, monkeypatch, capsys):
-    with broker.connect() as connection:
-        connection.channel().queue_declare(task_queue.DEAD_LETTERS, durable=True, arguments=task_queue.QUORUM)
-    monkeypatch.setattr(rabbitmq, "started", lambda: broker.node)
-    rabbitmq.queues()
-    heading, *rows = capsys.readouterr().out.splitlines()
-    assert {row.split()[0] for row in rows} >= {task_queue.QUEUE, task_queue.DEAD_LETTERS}
-    for column in heading.split()[1:]:
-        start = heading.index(column)
-        assert all(row[start - 1].isspace() and row[start].isdigit() for row in rows)
 
 
 # The ports of the nodes of the cluster, and of their management UI: they are fixed, and may be taken here.
@@ -227,9 +272,7 @@ class DockerPage:
             (folder / name).write_text(self.on_other_ports((ROOT / name).read_text()))
         settings = {k: v for k, v in os.environ.items() if not k.startswith(("COMPOSE_", "RABBITMQ_", "AMQP_"))}
         settings |= {"AMQP_PORT": "0", "MANAGEMENT_PORT": "0", "PROMETHEUS_PORT": "0"}  # 0: any that is free
-        self._project = f"task-queue-test-{os.getpid()}-readme"
-        settings |= {"COMPOSE_PROJECT_NAME": self._project, "PS1": "", "TERM": "dumb"}
-        settings["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self._project = settings["COMPOSE_PROJECT_NAME"] = f"task-queue-test-{os.getpid()}-pages"
         self._run = functools.partial(subprocess.run, cwd=folder, env=settings, stdin=subprocess.DEVNULL, check=True)
         self.shells = Shell(folder, settings), Shell(folder, settings)
 
@@ -238,13 +281,14 @@ class DockerPage:
 
     def enter(self, shell: Shell, line: str, *shown: str) -> None:
         """Type a line, and wait until all that is shown, in that order."""
-        shell.type(self.on_other_ports(line))
+        shell.bash.sendline(self.on_other_ports(line))
         for text in shown:
             shell.bash.expect_exact(text, timeout=DOCKER_DEADLINE)
 
     def members(self) -> int:
         """Return how many nodes have a copy of the queue."""
-        listed = self._ask("exec", "-T", "rabbit1", "rabbitmqctl", "-q", "list_queues", "name", "members")
+        command = "docker compose -f docker-compose.cluster.yml exec -T rabbit1 rabbitmqctl -q list_queues name members"
+        listed = self._run(command.split(), capture_output=True, text=True).stdout
         (line,) = [line for line in listed.splitlines() if line.startswith("task_queue\t")]
         return line.count("rabbit@")
 
@@ -252,10 +296,6 @@ class DockerPage:
         """Return the containers that are left, whether they run or not."""
         command = ["docker", "ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={self._project}"]
         return self._run(command, capture_output=True, text=True).stdout.split()
-
-    def _ask(self, *arguments: str) -> str:
-        command = ["docker", "compose", "-f", "docker-compose.cluster.yml", *arguments]
-        return self._run(command, capture_output=True, text=True).stdout
 
     def close(self) -> None:
         for shell in self.shells:
@@ -277,46 +317,62 @@ def docker_page(tmp_path):
 @pytest.mark.timeout(600)
 def test_every_command_for_docker_does_what_the_page_says(docker_page):
     enter, (one, two) = docker_page.enter, docker_page.shells
-    (up,), (send,), (cluster, worker), (status, *grow), downs = [
-        block.splitlines() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    ]
+    found = [block.splitlines() for block in blocks("docs/tutorial.md", "sh")]
+    (up,), (send,), (cluster, nodes, worker), (alias, status, *grow), downs = found
     enter(one, up, *3 * [" [*] Waiting for messages."])
     enter(two, send, " [x] Sent 'First message.'")
     one.bash.expect_exact(" [x] Received 'First message.'", timeout=DOCKER_DEADLINE)
     one.bash.expect_exact(" [x] Done", timeout=DOCKER_DEADLINE)
-    one.press("c")
+    one.bash.sendcontrol("c")
     enter(one, "echo stopped: $?", "stopped: ")
 
     enter(one, f"{cluster} && echo up: $?", "up: 0")
+    enter(one, nodes)
     enter(one, worker, " [*] Waiting for messages.")  # by now the queue is declared, with its three members
-    in_cluster = status.partition("rabbitmq-queues")[0]
+    enter(two, alias)
     for node in ("rabbit@rabbit2", "rabbit@rabbit3"):
-        enter(two, f"{in_cluster} rabbitmq-queues shrink {node}; echo shrunk: $?", "shrunk: 0")
+        enter(two, f"in_rabbit1 rabbitmq-queues shrink {node}; echo shrunk: $?", "shrunk: 0")
     assert docker_page.members() == 1
     assert docker_page.containers()
     for line in (status, *grow):
         enter(two, f"{line}; echo done: $?", "done: 0")
     assert docker_page.members() == 3
-    one.press("c")
+    one.bash.sendcontrol("c")
     one.bash.expect_exact(" [!] Stopped by Ctrl+C.", timeout=DOCKER_DEADLINE)
     for line in downs:
         enter(two, f"{line}; echo done: $?", "done: 0")
     assert docker_page.containers() == []
 
 
-def as_anchor(heading: str) -> str:
-    """Return the name that GitHub gives to a heading."""
-    return re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
+def anchors(page: str) -> list[str]:
+    """Return the names that GitHub gives to the headings of a page; those of code are none."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", TEXT[page], flags=re.DOTALL), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
 
 
-def test_every_link_leads_somewhere():
-    for target in re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', README):
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    assert len(anchors(page)) == len(set(anchors(page)))
+    for target in re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', TEXT[page]):
         path, _, anchor = "".join(target).partition("#")
-        if "://" in path:
-            continue
-        assert (ROOT / path).exists(), path
-        if anchor:
-            assert anchor in map(as_anchor, re.findall(r"^#+ (.+)$", README, re.MULTILINE))
+        if "://" not in path:
+            target = (ROOT / page).parent.joinpath(path).resolve() if path else ROOT / page
+            assert target.exists(), path
+            assert not anchor or anchor in anchors(str(target.relative_to(ROOT))), f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_block_is_wider_than_a_page(page):
+    for block in blocks(page, r"\w*"):
+        assert max(map(len, block.splitlines())) <= PAGE_WIDTH
+
+
+@pytest.mark.parametrize(("page", "translation"), TRANSLATIONS)
+def test_a_translation_has_the_same_blocks_in_the_same_shells(page, translation):
+    assert in_shells(translation) == in_shells(page)
+    assert blocks(translation, r"\w*") == blocks(page, r"\w*")
+    for one, other in ((page, translation), (translation, page)):
+        assert f"]({Path(other).name})" in TEXT[one][:200]
 
 
 def test_the_page_and_the_help_know_the_same_commands():
@@ -324,7 +380,7 @@ def test_the_page_and_the_help_know_the_same_commands():
         found = re.findall(r"(?<=python )(?:new_task|worker)\.py(?: -(?!-h)[-a-z]*)?(?= |`|$)", text, re.MULTILINE)
         return {command.strip() for command in found}
 
-    listed = commands(README.partition("### Commands")[2].partition("### Settings")[0])
+    listed = commands(TEXT["docs/reference.md"].partition("## Commands")[2].partition("\nTo send the lines")[0])
     assert listed == {"new_task.py", "new_task.py -", "worker.py", "worker.py --graceful"}
     for script in ("new_task.py", "worker.py"):
         help_text = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
@@ -332,7 +388,7 @@ def test_the_page_and_the_help_know_the_same_commands():
 
 
 def test_every_promise_has_its_test():
-    promises = re.findall(r"^\| .+ \| \[(.+)\]\((tests/\w+\.py)\) \|$", README, re.MULTILINE)
+    promises = re.findall(r"^\| .+ \| \[(.+)\]\(\.\./(tests/\w+\.py)\) \|$", TEXT["docs/reference.md"], re.MULTILINE)
     assert len(promises) > 10
     for name, path in promises:
         assert f"def test_{name.replace(' ', '_')}(" in (ROOT / path).read_text()
