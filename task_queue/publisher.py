@@ -211,7 +211,7 @@ class Channel:
         now = time.monotonic()
         self._waited += min(now - self._looked_at, STOPPED_SECONDS)
         self._looked_at = now
-        self._progress.show(self._position, self._position - len(self._messages) - len(self._again))
+        self._progress.show(self._position, max(0, self._position - len(self._messages) - len(self._again)))
         if self._refusal:
             raise self._not_confirmed(self._refusal)
         if self._nacked and not self._messages:  # all others are answered
