@@ -4,6 +4,11 @@ import os
 import sys
 from typing import Any
 
+# The queue that holds the tasks, and the one for tasks that failed too often.
+QUEUE, DEAD_LETTERS = "task_queue", "task_queue_dead_letters"
+# A quorum queue writes each task to disk (on most nodes, in a cluster) before it confirms it, and counts deliveries.
+QUORUM = {"x-queue-type": "quorum"}
+
 
 def _last_words(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """Tell of what nobody caught: Ctrl+C and a missing pika in one line."""
@@ -11,23 +16,11 @@ def _last_words(kind: type[BaseException], error: BaseException, trace: Any) -> 
         sends = sys.argv[0].endswith("new_task.py")
         print(" [!] Not sent: interrupted." if sends else " [!] Stopped by Ctrl+C.", file=sys.stderr)
         os._exit(1 if sends else 0)
-    elif isinstance(error, ImportError) and error.name == "pika":
-        print(f" [!] {error}", file=sys.stderr)
+    elif isinstance(error, ModuleNotFoundError) and error.name == "pika":
+        here = "In this folder: make .venv/run, then source .venv/bin/activate."
+        print(f" [!] pika is not installed. {here} Elsewhere: pip install -r requirements.txt", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
 
 sys.excepthook = _last_words  # before pika, which takes a moment to import
-
-try:
-    import pika  # noqa: F401
-except ModuleNotFoundError as error:
-    remedy = (
-        "In this folder: make .venv/run, then source .venv/bin/activate. Elsewhere: pip install -r requirements.txt"
-    )
-    raise ImportError(f"pika is not installed. {remedy}", name=error.name) from None
-
-# The queue that holds the tasks, and the one for tasks that failed too often.
-QUEUE, DEAD_LETTERS = "task_queue", "task_queue_dead_letters"
-# A quorum queue writes each task to disk (on most nodes, in a cluster) before it confirms it, and counts deliveries.
-QUORUM = {"x-queue-type": "quorum"}

@@ -25,6 +25,10 @@ HEARTBEAT_SECONDS, BLOCKED_SECONDS = 20, 25
 PIKAS_ERRORS = (AMQPError, OSError, ValueError, AssertionError)
 
 
+class Refused(Exception):
+    """RabbitMQ, or this program, refuses for a reason that waiting won't cure. The message is for the user."""
+
+
 class Unreachable(Exception):
     """No node of RabbitMQ can be reached now; later one may be. The message is for the user."""
 
@@ -33,35 +37,26 @@ class Lost(Unreachable):
     """The connection or the channel has ended."""
 
 
-class Refused(Exception):
-    """RabbitMQ, or this program, refuses for a reason that waiting won't cure. The message is for the user."""
-
-
-def ended(error: BaseException, hopeless: tuple[int, ...] = (403,)) -> Lost | Refused:
-    """Return what it means that a connection or channel has ended with an error of pika's.
+@contextlib.contextmanager
+def lost_rabbitmq(hopeless: tuple[int, ...] = (403,)) -> Iterator[None]:
+    """For calls of pika's: turn what it raises when RabbitMQ or the network fails into Lost, or Refused.
 
     hopeless: RabbitMQ's reply codes that no other connection would cure. 403 is: no permission.
     """
-    text, code = describe(error), getattr(error, "reply_code", None)
-    if code in hopeless:
-        return Refused(f"RabbitMQ refuses: {text}.")
-    if code == 541:
-        cure = f"If the queue can't come back, rabbitmqctl delete_queue {QUEUE} deletes it, tasks and all."
-        return Lost(f"RabbitMQ can't serve the queue {QUEUE!r} ({text}): its log tells more. {cure}")
-    return Lost(f"Lost RabbitMQ ({text}).")
-
-
-@contextlib.contextmanager
-def lost_rabbitmq() -> Iterator[None]:
-    """For calls of pika's: turn what it raises when RabbitMQ or the network fails into Lost or Refused."""
     try:
         yield
     except PIKAS_ERRORS as error:
-        raise ended(error) from None
+        text, code = describe(error), getattr(error, "reply_code", None)
+        if code in hopeless:
+            raise Refused(f"RabbitMQ refuses: {text}.") from error
+        if code == 541:
+            cure = f"If the queue can't come back, rabbitmqctl delete_queue {QUEUE} deletes it, tasks and all."
+            raise Lost(f"RabbitMQ can't serve the queue {QUEUE!r} ({text}): its log tells more. {cure}") from error
+        raise Lost(f"Lost RabbitMQ ({text}).") from error
 
 
-def connect(name: str) -> Any:
-    """Return a pika.BlockingConnection to the first node that lets us in. name: what RabbitMQ will call it.
+def connect(name: str) -> pika.BlockingConnection:
+    """Return a connection to the first node that lets us in. name: what RabbitMQ will call it.
 
     Unreachable if none does now, Refused if every one refuses for a reason that waiting won't cure.
     """
@@ -138,12 +133,9 @@ def describe(error: BaseException) -> str:
 
 def _cause(error: BaseException) -> BaseException:
     """Return what is behind an error of pika's: it wraps, say, ConnectionRefusedError in up to three without a text."""
-    while True:
-        inner = [*getattr(error, "exceptions", []), getattr(error, "exception", None), *error.args[:1]]
-        inner = [cause for cause in inner if isinstance(cause, BaseException)]
-        if not inner:
-            return error
-        error = inner[-1]
+    inner = [*getattr(error, "exceptions", []), getattr(error, "exception", None), *error.args[:1]]
+    causes = [cause for cause in inner if isinstance(cause, BaseException)]
+    return _cause(causes[-1]) if causes else error
 
 
 _pikas_decode_value = pika.data.decode_value

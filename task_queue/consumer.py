@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from task_queue import DEAD_LETTERS, QUORUM, console, dead_letters, declaration
-from task_queue.address import PIKAS_ERRORS, Lost, Refused, Unreachable, close_socket, connect, ended, lost_rabbitmq
+from task_queue.address import PIKAS_ERRORS, Lost, Refused, Unreachable, close_socket, connect, lost_rabbitmq
 
 # Seconds between two attempts to connect, from the first to the last, shortened at random: many workers must not come
 # back in the same moment. After a connection that lasted for GOOD seconds the pause is the first again.
@@ -51,7 +51,7 @@ class Channel:
         self._channel: Any = None
         self._counts = False  # whether the queue counts deliveries
         self._in_hand = False  # whether there is a task that is not acknowledged
-        self._held: list[tuple[Any, ...]] = []  # and others, that could not be set aside
+        self._held: dict[int, tuple[Any, ...]] = {}  # and others, that could not be set aside, by delivery tag
         self._retry_at = 0.0  # when to try that again
         self._told = False  # whether it was told why the connection ended
         self._pika = threading.RLock()  # pika must not be used by two threads at once
@@ -65,21 +65,20 @@ class Channel:
         os.register_at_fork(after_in_child=self._in_a_child)
         threading.Thread(target=self._look_after, daemon=True).start()
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        """Any other call is pika's, as basic_qos() and basic_ack()."""
-
-        def call(*arguments: Any, **settings: Any) -> Any:
-            try:
-                return getattr(self._channel, name)(*arguments, **settings)
-            except PIKAS_ERRORS as error:
-                raise ended(error) from None
-
-        return call
-
+    @lost_rabbitmq()
     def queue_declare(self, queue: str, durable: bool = True, arguments: Any = QUORUM) -> None:
         """Declare a durable quorum queue, and be sure that it is safe to use: see declaration.py."""
-        with lost_rabbitmq():
-            self._channel, self._counts = declaration.declare(self._connection, queue)
+        self._channel, self._counts = declaration.declare(self._connection, queue)
+
+    @lost_rabbitmq()
+    def basic_qos(self, prefetch_count: int) -> None:
+        """As pika's."""
+        self._channel.basic_qos(prefetch_count=prefetch_count)
+
+    @lost_rabbitmq()
+    def basic_ack(self, delivery_tag: int) -> None:
+        """As pika's."""
+        self._channel.basic_ack(delivery_tag)
 
     def consume(self, queue: str) -> Iterator[tuple[Any, Any, bytes]]:
         """Yield (method, properties, body) as pika's does; but what has killed ten workers is set aside."""
@@ -88,10 +87,8 @@ class Channel:
         while True:
             self._stop_if_told()
             self._waiting = True
-            try:
+            with lost_rabbitmq():
                 delivery = next(deliveries, None)
-            except PIKAS_ERRORS as error:
-                raise ended(error) from None
             self._waiting = False
             if not delivery:  # RabbitMQ has ended our consumer, and nothing else
                 return console.warn(TOO_LONG if worked else f"The queue {queue!r} was deleted. Declaring it again.")
@@ -104,13 +101,14 @@ class Channel:
                     self._set_aside(*delivery, tries, "its workers died or were stopped")
                 self._in_hand = False
             if self._held and time.monotonic() > self._retry_at:
-                for letter in self._held[:]:
+                for letter in list(self._held.values()):
                     self._set_aside(*letter)
             if len(self._held) != held:  # so that there is one task besides those that are held
                 held = len(self._held)
-                self.cancel()
-                self.basic_qos(prefetch_count=1 + held)
-                deliveries = self._channel.consume(queue, inactivity_timeout=HOLD_SECONDS if held else None)
+                with lost_rabbitmq():
+                    self._channel.cancel()
+                    self._channel.basic_qos(prefetch_count=1 + held)
+                    deliveries = self._channel.consume(queue, inactivity_timeout=HOLD_SECONDS if held else None)
 
     def heartbeats(self) -> "Channel":
         """In a `with` block of this RabbitMQ hears from us. What the block raises, but for Stop, becomes TaskFailed.
@@ -134,16 +132,16 @@ class Channel:
         if error and not isinstance(error, Stop):
             raise TaskFailed(dead_letters.reason(error)) from error
 
+    @lost_rabbitmq()
     def requeue_or_set_aside(self, method: Any, properties: Any, task: bytes, failure: TaskFailed) -> None:
         """Give a task back for another try, after a pause; or set it aside when it has had its tries."""
         tries = self._earlier_deliveries(method, properties) + 1
         if tries >= dead_letters.MAX_DELIVERIES:
             return self._set_aside(method, properties, task, tries, str(failure))
         console.warn(f"Failed {console.shown(task)}: {failure}. It will be tried again.")
-        with lost_rabbitmq():
-            self._connection.sleep(dead_letters.PAUSE_AFTER_FAILURE)
+        self._connection.sleep(dead_letters.PAUSE_AFTER_FAILURE)
         # A reject, not a nack: every RabbitMQ counts it as a delivery that failed.
-        self.basic_reject(method.delivery_tag, requeue=True)
+        self._channel.basic_reject(method.delivery_tag, requeue=True)
 
     def _earlier_deliveries(self, method: Any, properties: Any) -> int:
         """Return how many earlier deliveries of a task RabbitMQ has counted. What its sender says doesn't count."""
@@ -152,26 +150,25 @@ class Channel:
 
     def _set_aside(self, method: Any, properties: Any, task: bytes, tries: int, why: str) -> None:
         """Move a task to the dead letters. If that can't be done now, hold it: given back, it would come at once."""
-        letter = (method, properties, task, tries, why)
         try:
             with self.heartbeats():
                 dead_letters.set_aside(task, properties, tries, why)
         except TaskFailed as failure:
             self._retry_at = time.monotonic() + HOLD_SECONDS
-            if letter not in self._held:
+            if method.delivery_tag not in self._held:
                 console.warn(f"Can't set aside {console.shown(task)}: {failure.__cause__} Holding it until I can.")
-                self._held.append(letter)
+            self._held[method.delivery_tag] = (method, properties, task, tries, why)
             return
         # Only now that RabbitMQ has confirmed the copy: a crash in between leaves two, never none.
         self.basic_ack(method.delivery_tag)
-        self._held = [other for other in self._held if other is not letter]
+        self._held.pop(method.delivery_tag, None)
         console.warn(f"Set aside {console.shown(task)} in {DEAD_LETTERS} after {tries} deliveries: {why}")
 
     def run(self, do_tasks: Callable[["Channel"], None]) -> None:
         """Call do_tasks(self) on one connection after the other. Stop; or Refused, if waiting doesn't help."""
         pause, known = FIRST_PAUSE, set[str]()
         while True:
-            began, self._in_hand, self._held, self._told = time.monotonic(), False, [], False
+            began, self._in_hand, self._held, self._told = time.monotonic(), False, {}, False
             try:
                 self._connection = connect("worker.py")
                 do_tasks(self)
@@ -193,7 +190,7 @@ class Channel:
     def hand_back(self) -> None:
         """Give the tasks in hand back to RabbitMQ, which gives them to other workers; and say goodbye."""
         in_hand = self._in_hand or self._held
-        self._working = False
+        self._working = self._waiting = False
         self._pika.acquire()  # a signal may have come before we had it back
         if in_hand:
             with contextlib.suppress(*PIKAS_ERRORS):
@@ -209,6 +206,8 @@ class Channel:
 
     def _look_after(self) -> None:
         """The second thread: answer RabbitMQ's heartbeats while the main thread works, and see to its end."""
+        # Signals are for the main thread: one that this thread took would not wake it where it waits for the network.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         left = GOODBYE_SECONDS
         while left > 0:
             time.sleep(TICK_SECONDS)

@@ -16,7 +16,7 @@ from pika.exceptions import ConnectionBlockedTimeout
 from pika.spec import Basic
 
 from task_queue import QUORUM, console, declaration
-from task_queue.address import BLOCKED_SECONDS, PIKAS_ERRORS, Lost, Refused, Unreachable, close_socket, connect, ended
+from task_queue.address import BLOCKED_SECONDS, Lost, Refused, Unreachable, close_socket, connect, lost_rabbitmq
 
 # How many bytes may be without a confirm: memory holds them. A task counts as one of SMALL bytes at least, so these are
 # 2000 tasks. When that is reached, ROOM bytes must be confirmed before it goes on: task by task would be slow.
@@ -57,8 +57,7 @@ class Channel:
 
     def __init__(self, name: str):
         """name: what RabbitMQ will call the connection."""
-        self._name, self._connected_before = name, False
-        self._steps: list[Callable[[], None]] = []  # what each new connection needs, to be as far as the one before
+        self._name, self._queue, self._confirming = name, "", False
         self._connection: Any = None
         self._channel: Any = None
         self._frames: list[bytes] = []  # what is not passed on to the network
@@ -71,37 +70,30 @@ class Channel:
         self._problem, self._told = "", set[str]()  # why nothing is confirmed, and what the user knows of that
 
     def __enter__(self) -> "Channel":
+        try:
+            self._connect()
+        except (Unreachable, Refused) as problem:  # no other attempt: who runs a command wants to know at once
+            raise self._not_confirmed(str(problem)) from None
         return self
 
     def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
         if isinstance(error, KeyboardInterrupt):
             error.args = self._not_confirmed("interrupted.").args
         elif not error:  # RabbitMQ logs a warning about a connection that just ends
-            with contextlib.suppress(AttributeError, *PIKAS_ERRORS):  # there may be none
+            with contextlib.suppress(Exception):  # there may be none; and all is confirmed, whatever comes now
                 self._connection.close()
         self._drop()
         self._progress.end()
 
     def queue_declare(self, queue: str, durable: bool = True, arguments: Any = QUORUM) -> None:
         """Declare a durable quorum queue, now and on each new connection; see declaration.py."""
-
-        def declare() -> None:
-            self._channel, _ = declaration.declare(self._connection, queue)
-
-        self._on_a_connection(declare)
-        self._steps.append(declare)
+        self._queue = queue
+        self._on_a_connection(self._declare)
 
     def confirm_delivery(self) -> None:
         """Let RabbitMQ confirm each task, now and on each new connection."""
-
-        def confirm() -> None:
-            asked: list[Any] = []
-            self._channel._impl.add_on_return_callback(self._on_return)
-            self._channel._impl.confirm_delivery(self._on_confirm, callback=asked.append)
-            self._until(lambda: bool(asked))
-
-        self._on_a_connection(confirm)
-        self._steps.append(confirm)
+        self._confirming = True
+        self._on_a_connection(self._ask_for_confirms)
 
     def each(self, tasks: Iterable[bytes] | IO[bytes]) -> Iterator[bytes]:
         """Yield each of the tasks; of a file, each line that is not empty, without its newline, as it comes.
@@ -109,9 +101,8 @@ class Channel:
         While there is nothing to read yet, the connection is looked after.
         """
         self._progress, self._position = console.Progress(tasks), 0
-        of_lines = self._progress.of_lines
-        for task in self._lines(tasks.fileno()) if of_lines else tasks:
-            if task or not of_lines:
+        for task in self._lines(tasks.fileno()) if self._progress.of_lines else tasks:
+            if task or not self._progress.of_lines:
                 yield task
             self._position += 1  # only now: what is not handed over must not look confirmed
 
@@ -120,44 +111,38 @@ class Channel:
     ) -> None:
         """Send a task. It is kept until it is confirmed, and sent again if need be: see wait_for_confirms()."""
         size = max(len(body), SMALL)
-        if not self._connection or not self._has_room(size):
-            self._on_a_connection(lambda: self._until(lambda: self._has_room(size + ROOM) or not self._size))
+        if self._size + size > WINDOW or self._again or not self._connection:
+            self.wait_for_confirms(but=0 if self._again else max(0, WINDOW - ROOM - size))
         self._size += size
         self._publish(_Message(self._position + 1, size, (exchange, routing_key, body, properties, mandatory)))
         if self._tag % BATCH == 1 or time.monotonic() > self._looked_at + BATCH_SECONDS:
             self._on_a_connection(lambda: self._until(lambda: not self._frames))
 
-    def wait_for_confirms(self) -> None:
-        """Return when RabbitMQ has confirmed every task."""
-        self._on_a_connection(lambda: self._until(lambda: not self._messages))
+    def wait_for_confirms(self, but: int = 0) -> None:
+        """Return when RabbitMQ has confirmed every task, or all but so many bytes of tasks."""
+        self._on_a_connection(lambda: self._until(lambda: self._size <= but))
 
     def _on_a_connection(self, step: Callable[[], None]) -> None:
-        """Do step(), on as many connections as it takes."""
-        problem: Exception | None = None
+        """Do step(), on as many connections as it takes. NotConfirmed if there is no hope in another one."""
         while True:
             try:
-                if problem:
-                    self._pause(problem)
-                if not self._connection:
-                    self._connect()
-                return step()
-            except (Unreachable, *PIKAS_ERRORS) as error:
+                with lost_rabbitmq(hopeless=(403, 405, 406)):  # no permission, not our queue, or too large a task
+                    if not self._connection:
+                        self._connect()
+                    return step()
+            except Refused as problem:
+                raise self._not_confirmed(str(problem)) from None
+            except Unreachable as problem:
                 self._drop()
-                problem = error
-            except Refused as failure:
-                raise self._not_confirmed(str(failure)) from None
+                self._pause(problem)
             except BaseException:  # Ctrl+C in pika's code
                 self._drop()
                 raise
 
-    def _pause(self, problem: Exception) -> None:
-        """Wait before another attempt. Refused if there is no hope in that."""
-        if isinstance(problem, ConnectionBlockedTimeout):
-            raise Refused(f"{self._problem} Free some there; rabbitmq-diagnostics alarms tells more.")
-        if not isinstance(problem, Unreachable):
-            problem = ended(problem, hopeless=(403, 405, 406))  # no permission, not our queue, or too large a task
-        if isinstance(problem, Refused) or not self._connected_before:  # who runs a command wants to know at once
-            raise Refused(str(problem))
+    def _pause(self, problem: Unreachable) -> None:
+        """Wait before another attempt, and say why. NotConfirmed if there is no hope in that."""
+        if isinstance(problem.__cause__, ConnectionBlockedTimeout):
+            raise self._not_confirmed(f"{self._problem} Free some there; rabbitmq-diagnostics alarms tells more.")
         if not isinstance(problem, Lost):
             self._tell(str(problem), f"Trying for up to {GIVE_UP_SECONDS} s.")
         elif self._again:
@@ -176,29 +161,37 @@ class Channel:
         """Make a connection that is as far as the one before, and send again what that left without a confirm."""
         self._connection = connect(self._name)
         self._connection._impl.add_on_connection_blocked_callback(self._on_blocked)
-        for step in self._steps:
-            step()
-        self._connected_before = True
+        if self._queue:
+            self._declare()
+        if self._confirming:
+            self._ask_for_confirms()
         while self._again:
             self._publish(self._again[0])
             del self._again[0]  # only now: a Ctrl+C must find it in one of the two
 
+    def _declare(self) -> None:
+        channel, _ = declaration.declare(self._connection, self._queue)
+        self._channel = self._channel or channel  # delivery tags go on, if a program declares once more
+
+    def _ask_for_confirms(self) -> None:
+        asked: list[Any] = []
+        self._channel._impl.add_on_return_callback(self._on_return)
+        self._channel._impl.confirm_delivery(self._on_confirm, callback=asked.append)
+        self._until(lambda: bool(asked))
+
     def _publish(self, message: _Message) -> None:
-        self._tag += 1
-        self._messages[self._tag] = message
         connection = self._connection._impl
-        # pika makes a system call for each frame, three for a task: keep them here, to be passed on joined.
-        connection._adapter_emit_data = self._frames.append
         try:
+            self._tag += 1
+            self._messages[self._tag] = message
+            # pika makes a system call for each frame, three for a task: keep them here, to be passed on joined.
+            connection._adapter_emit_data = self._frames.append
             self._channel._impl.basic_publish(*message.arguments)
             del connection._adapter_emit_data
         except BaseException:  # Ctrl+C, or what pika can't encode: from here on delivery tags are wrong
-            self._size -= self._messages.pop(self._tag).size
+            self._messages.pop(self._tag, None)
             self._drop()
             raise
-
-    def _has_room(self, size: int) -> bool:
-        return self._size + size <= WINDOW and not self._again
 
     def _until(self, condition: Callable[[], bool]) -> None:
         """Run pika's loop until condition() holds. Raise what ended the connection, if it did."""
@@ -214,26 +207,27 @@ class Channel:
             self._look()
 
     def _look(self) -> None:
-        """Draw how far it is, and raise what tells that there is no hope here."""
+        """Draw how far it is. NotConfirmed if there is no hope, Unreachable if there is none on this connection."""
         now = time.monotonic()
         self._waited += min(now - self._looked_at, STOPPED_SECONDS)
         self._looked_at = now
-        self._progress.show(self._position, self._position - len(self._messages) - len(self._again))
+        self._progress.show(self._position, max(0, self._position - len(self._messages) - len(self._again)))
         if self._refusal:
-            raise Refused(self._refusal)
+            raise self._not_confirmed(self._refusal)
         if self._nacked and not self._messages:  # all others are answered
             raise Unreachable("RabbitMQ could not store a task, as its queue is full or has no leader.")
         if self._connection and not self._size:
             self._waited, self._told = 0, set()
         if self._waited > GIVE_UP_SECONDS:
             why = self._problem or "RabbitMQ confirms nothing, as the queue has no leader. Are most of its nodes up?"
-            raise Refused(f"gave up after {GIVE_UP_SECONDS} s: {why}")
+            raise self._not_confirmed(f"gave up after {GIVE_UP_SECONDS} s: {why}")
 
     def _drop(self) -> None:
-        """Let go of the connection, whatever state it is in."""
-        connection, self._connection = self._connection, None
+        """Let go of the connection, whatever state it is in. What it has not confirmed must be sent again."""
+        connection, self._connection, self._channel = self._connection, None, None
         self._again[:0] = self._messages.values()
         self._messages, self._frames, self._tag, self._nacked, self._refusal = {}, [], 0, False, ""
+        self._size = sum(message.size for message in self._again)
         if connection:
             close_socket(connection)
             connection._cleanup()

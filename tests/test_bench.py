@@ -2,12 +2,11 @@
 
 import re
 import subprocess
-import sys
 
 import pytest
-from bench import BENCHMARKS, title
+from bench import BENCHMARKS
 from conftest import ROOT
-from processes import Script
+from processes import Script, wait_until
 
 # A run that takes longer than this hangs.
 LIMIT = 120
@@ -45,40 +44,28 @@ def bench(tmp_path):
 def test_every_benchmark_works_and_the_report_has_a_section_of_each(bench, tmp_path):
     script = bench.start("--quick", "--write", str(tmp_path / "docs"))
     assert script.ends(LIMIT) == 0, str(script)
-    assert script.output("stderr") == []
     report = (tmp_path / "docs" / "benchmarks.md").read_text()
-    assert re.findall(r"^## (.*)", report, re.MULTILINE) == [title(each) for each in BENCHMARKS.values()]
-    for section in report.split("\n## ")[1:]:
+    sections = report.split("\n## ")[1:]
+    assert [text.splitlines()[0] for text in sections] == [each.__doc__.splitlines()[0] for each in BENCHMARKS.values()]
+    for section in sections:
         assert re.search(r"^\|.*\| (\*\*)?\d", section, re.MULTILINE), f"no figures in: {section}"
-    for sender in ("`new_task.py -`", "the tutorial's loop", "each one confirmed", "`new_task.py WORD`"):
-        assert sender in report
-    assert f"| {sys.version.split()[0]}, " in report
-    picture = (tmp_path / "docs" / "scaling.svg").read_text()
-    assert picture.lstrip().startswith("<?xml")
-    assert "workers" in picture
+    assert (tmp_path / "docs" / "scaling.svg").read_text().lstrip().startswith("<?xml")
+    far = (tmp_path / "docs" / "how-far.md").read_text()
+    assert re.search(r"^\| memory of a `worker.py` +\| \d+ MB", far, re.MULTILINE)
     assert bench.left_behind() == []
 
 
 def test_a_benchmark_can_be_chosen_and_then_nothing_is_written(bench):
-    before = reports()
+    before = {file: file.stat().st_mtime for file in (ROOT / "docs").iterdir()}
     script = bench.start("--quick", "--only", "by-hand")
     assert script.ends(LIMIT) == 0, str(script)
     assert [line for line in script.output() if line.startswith("## ")] == ["## One task by hand"]
-    assert reports() == before
-    assert bench.left_behind() == []
-
-
-def reports() -> dict:
-    """Return when what `make bench` writes was written."""
-    return {
-        file: file.stat().st_mtime for name in ("benchmarks.md", "scaling.svg") for file in (ROOT / "docs").glob(name)
-    }
+    assert {file: file.stat().st_mtime for file in (ROOT / "docs").iterdir()} == before
 
 
 def test_ctrl_c_ends_the_benchmarks_and_all_that_they_started(bench):
     script = bench.start("--quick", "--only", "scaling")
-    script.wait_for("| RabbitMQ ", within=LIMIT)
-    assert bench.left_behind() != []
+    wait_until(lambda: any("beam" in str(left) for left in bench.left_behind()), "RabbitMQ runs")
     script.ctrl_c()
     assert script.ends() == 1
     assert script.output("stderr") == [" [!] Interrupted"]

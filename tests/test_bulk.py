@@ -111,6 +111,15 @@ def test_a_program_can_keep_its_connection(broker, proxy, channel):
     assert proxy.accepted == 1
 
 
+def test_a_program_may_declare_the_queue_with_each_task(broker, proxy, channel):
+    for number in range(3):
+        channel.queue_declare(queue=QUEUE, durable=True, arguments=QUORUM)
+        channel.confirm_delivery()
+        publish(channel, b"task")
+        assert broker.ready() == number + 1
+    assert proxy.accepted == 1
+
+
 def test_a_kept_connection_that_was_lost_is_made_anew(broker, proxy, channel):
     publish(channel, b"before")
     assert proxy.cut() == 1

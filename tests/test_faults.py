@@ -136,6 +136,12 @@ def test_a_task_that_cannot_be_set_aside_is_kept_until_it_can(broker, shells, wo
     with broker.connect() as connection:
         connection.channel().queue_delete(DEAD_LETTERS)
     worker.wait_for("Set aside 'bad'")
+    shells.send("good")
+    worker.wait_for("[x] Done")
+    later = time.monotonic() + 1
+    broker.wait_until(lambda: time.monotonic() > later, "another attempt would have been due")
+    assert worker.output("stderr")[-1].startswith(" [!] Set aside 'bad'")
+    assert broker.ready(DEAD_LETTERS) == 1
     assert headers_of_dead_letter(broker)["x-set-aside-after-deliveries"] == 10
 
 

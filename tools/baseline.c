@@ -3,17 +3,14 @@
        AMQP_URL=... ./baseline publish < tasks    publish each line, up to WINDOW of them without a confirm
        AMQP_URL=... ./baseline work               do tasks until killed: prefetch 1, acknowledged one by one
 
-   bench.py compiles it in a temporary folder, where a C compiler and librabbitmq-dev are installed. Like the minimal
-   loops in Python it is no program to use: whatever goes wrong ends it. */
-
+   Like the minimal loops in Python it is no program to use: whatever goes wrong ends it. */
 #include <amqp.h>
 #include <amqp_tcp_socket.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define WINDOW 2000
-#define RING 65536 /* more than WINDOW, so that no two tasks under way share a place */
+enum { WINDOW = 2000, RING = 65536 }; /* RING: more than WINDOW, so that no two tasks under way share a place */
 
 static amqp_connection_state_t conn;
 static amqp_bytes_t queue = {10, "task_queue"};
@@ -23,17 +20,6 @@ static void require(int holds, const char *what) {
     fprintf(stderr, "failed: %s\n", what);
     exit(1);
   }
-}
-
-static void open_channel(char *url) {
-  struct amqp_connection_info to;
-  conn = amqp_new_connection();
-  amqp_socket_t *socket = amqp_tcp_socket_new(conn);
-  require(url && amqp_parse_url(url, &to) == AMQP_STATUS_OK, "AMQP_URL");
-  require(amqp_socket_open(socket, to.host, to.port) == AMQP_STATUS_OK, "connect");
-  amqp_rpc_reply_t reply = amqp_login(conn, to.vhost, 0, 131072, 0, AMQP_SASL_METHOD_PLAIN, to.user, to.password);
-  require(reply.reply_type == AMQP_RESPONSE_NORMAL, "login");
-  require(amqp_channel_open(conn, 1) != NULL, "channel");
 }
 
 /* Read one basic.ack; return how many tasks it confirms. They come out of order, for one task or for all up to one. */
@@ -50,9 +36,7 @@ static int read_confirm(void) {
     count += !confirmed[tag % RING];
     confirmed[tag % RING] = 1;
   }
-  while (confirmed[(seen + 1) % RING]) {
-    confirmed[++seen % RING] = 0;
-  }
+  while (confirmed[(seen + 1) % RING]) confirmed[++seen % RING] = 0;
   return count;
 }
 
@@ -64,15 +48,9 @@ static void publish(void) {
   while (fgets(line, sizeof line, stdin)) {
     amqp_bytes_t task = {strcspn(line, "\n"), line};
     require(!amqp_basic_publish(conn, 1, amqp_empty_bytes, queue, 1, 0, &properties, task), "basic.publish");
-    if (++unconfirmed == WINDOW) {
-      while (unconfirmed > WINDOW / 2) {
-        unconfirmed -= read_confirm();
-      }
-    }
+    if (++unconfirmed == WINDOW) while (unconfirmed > WINDOW / 2) unconfirmed -= read_confirm();
   }
-  while (unconfirmed) {
-    unconfirmed -= read_confirm();
-  }
+  while (unconfirmed) unconfirmed -= read_confirm();
 }
 
 static void work(void) {
@@ -90,12 +68,14 @@ static void work(void) {
 }
 
 int main(int argc, char **argv) {
-  open_channel(getenv("AMQP_URL"));
-  if (argc == 2 && !strcmp(argv[1], "publish")) {
-    publish();
-  } else {
-    work();
-  }
+  struct amqp_connection_info to;
+  conn = amqp_new_connection();
+  amqp_socket_t *socket = amqp_tcp_socket_new(conn);
+  require(argc == 2 && amqp_parse_url(getenv("AMQP_URL"), &to) == AMQP_STATUS_OK, "AMQP_URL");
+  require(amqp_socket_open(socket, to.host, to.port) == AMQP_STATUS_OK, "connect");
+  amqp_rpc_reply_t reply = amqp_login(conn, to.vhost, 0, 131072, 0, AMQP_SASL_METHOD_PLAIN, to.user, to.password);
+  require(reply.reply_type == AMQP_RESPONSE_NORMAL && amqp_channel_open(conn, 1) != NULL, "login");
+  if (!strcmp(argv[1], "publish")) publish(); else work();
   amqp_connection_close(conn, AMQP_REPLY_SUCCESS);
   return 0;
 }

@@ -1,12 +1,11 @@
-#!/usr/bin/env python3
 """Measure how fast the two scripts are, side by side with minimal loops on the same RabbitMQ, in one run.
 
-    python tools/bench.py                everything, in about 12 minutes; writes docs/benchmarks.md and docs/scaling.svg
+    python tools/bench.py                everything, in about 15 minutes; writes docs/benchmarks.md, docs/scaling.svg,
+                                         and the table of docs/how-far.md
     python tools/bench.py --only NAME    one benchmark or several, and write nothing: NAMES
     python tools/bench.py --quick        everything, with numbers too small to mean anything: to see that it works
-    python tools/bench.py --profile      where worker.py spends its time, by function
 
-It starts a RabbitMQ of its own on loopback, in a temporary folder. What is compared takes turns, in an order that
+It starts RabbitMQ nodes of its own on loopback, in a temporary folder. What is compared takes turns, in an order that
 changes from round to round, so that whatever else the machine does hits all of it. A ratio is the median of the
 rounds' ratios, the smallest and the largest behind it; other figures are medians.
 """
@@ -14,44 +13,38 @@ rounds' ratios, the smallest and the largest behind it; other figures are median
 import argparse
 import contextlib
 import datetime
-import functools
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pika
 import psutil
-from node import Node, NodeError
-from pika.exceptions import AMQPError
-from processes import ROOT, Script
-from rabbitmq import install
+from node import Node, NodeError, cluster_nodes
+from processes import ROOT, Script, ignore_signals, raise_on_signals, wait_until
 
 sys.path.insert(0, str(ROOT))
 from task_queue import QUEUE, QUORUM
 
-TOOLS = Path(__file__).resolve().parent
-BASELINES = str(TOOLS / "baselines.py")
+BASELINES = str(ROOT / "tools" / "baselines.py")
+LOOP, SENDER = [sys.executable, BASELINES, "unconfirmed"], [sys.executable, "new_task.py", "-"]
+WORKER, PLAIN_WORKER = [sys.executable, "worker.py"], [sys.executable, BASELINES, "work"]
 
-# Virtual hosts, each with a task_queue of its own: so a full queue and an empty one, or a quorum queue and a classic
-# one, can take turns.
+# Virtual hosts, each with a task_queue of its own, so that a full queue and an empty one can take turns.
 MAIN, OTHER, DEEP, CLASSIC = "main", "other", "deep", "classic"
 
 # How long one run of anything may take. Nothing does, unless it is broken.
-LIMIT = 600
-
-# How often to look at what a worker has printed: some tenths of a percent of the time that is measured.
-LOOK_SECONDS = 0.005
+LIMIT = 900
 
 
 class Sizes(NamedTuple):
@@ -62,25 +55,19 @@ class Sizes(NamedTuple):
     slow: int  # tasks for a sender that waits for each confirm
     processes: int  # tasks that are sent by a process each
     work: int  # empty tasks for a worker
-    work_rounds: int  # more than of the others: single runs spread most here when the machine is busy
-    by_hand: int  # rounds of what takes less than a second
+    short: int  # rounds of what takes less than a second
     workers: tuple[int, ...]  # how many workers share one-dot tasks
     dots: int  # one-dot tasks for each of them
-    pause: float  # seconds for RabbitMQ to tidy up after one measurement, before the next
-    few: int  # tasks in a short list of tasks
-    backlog: int  # and in a long one
+    backlog: int  # tasks in a long list
+    connections: int  # connections to weigh
 
 
-FULL = Sizes(5, 50_000, 2000, 20, 1000, 31, 21, (1, 2, 4, 8, 16, 32), 5, 0.3, 10_000, 1_000_000)
-QUICK = Sizes(1, 300, 20, 1, 60, 1, 1, (1, 2), 1, 0, 100, 2000)
-
-
-class Failed(Exception):
-    """Something that is measured did not do its work. The message is for the user."""
+FULL = Sizes(5, 50_000, 2000, 20, 1000, 21, (1, 2, 4, 8, 16, 32), 5, 1_000_000, 400)
+QUICK = Sizes(1, 300, 20, 1, 60, 1, (1, 2), 1, 2000, 10)
 
 
 class Usage(NamedTuple):
-    """What a task, or a run, took: seconds, and seconds of CPU."""
+    """Seconds, and seconds of CPU, of a run or of one task of it."""
 
     wall: float
     cpu: float
@@ -90,238 +77,161 @@ class Usage(NamedTuple):
         return Usage(self.wall / tasks, self.cpu / tasks)
 
 
-class Signals:
-    """Ctrl+C and SIGTERM raise KeyboardInterrupt, but not while `held`: what is just being started must be known."""
-
-    def __init__(self):
-        self._holding = self._pending = False
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._on_signal)
-
-    def _on_signal(self, *_) -> None:
-        self._pending = True
-        if not self._holding:
-            raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def held(self, for_good: bool = False):
-        """Let a signal wait until this block is left; for ever, if that is the end anyway."""
-        before, self._holding = self._holding, True
-        try:
-            yield
-        finally:
-            self._holding = before or for_good
-        if self._pending and not self._holding:
-            raise KeyboardInterrupt
-
-
 class Bench:
-    """A RabbitMQ with empty queues, and ways to measure on it."""
+    """RabbitMQ, one node or a cluster, and ways to measure on it."""
 
-    def __init__(self, sizes: Sizes, folder: Path):
-        self.sizes, self.folder = sizes, folder
+    def __init__(self, sizes: Sizes, folder: Path, nodes: list[Node]):
+        self.sizes, self.folder, self.nodes = sizes, folder, nodes
         self.scaling: dict[int, float] = {}  # workers -> how many one-dot tasks they did in a second, for the plot
-        self._signals = Signals()
         self._running: list[subprocess.Popen | Script] = []
-        definitions = folder / "definitions.json"
-        definitions.write_text(json.dumps(virtual_hosts()))
-        self.node = Node(folder / "node", config=f"load_definitions = {definitions}\n")
 
-    def __enter__(self):
+    def __enter__(self) -> "Bench":
         try:
-            with self._signals.held():
-                self.node.launch()
-            self.node.wait_until_ready()
-            return self
+            for node in self.nodes:
+                node.launch()
+            for node in self.nodes:
+                node.wait_until_ready()
         except BaseException:
             self.__exit__()
             raise
+        return self
 
-    def __exit__(self, *_):
-        with self._signals.held(for_good=True):
-            self.end_scripts()
-            self.node.close()
+    def __exit__(self, *_) -> None:
+        self.end()
+        for node in self.nodes:
+            node.kill()
+        for node in self.nodes:
+            node.close()
 
     def url(self, vhost: str) -> str:
         """Return AMQP_URL for one of the virtual hosts."""
-        return self.node.url.replace("%2F", vhost)
+        return ";".join(node.url.replace("%2F", vhost) for node in self.nodes)
 
     def connect(self, vhost: str) -> pika.BlockingConnection:
-        """Return a connection of our own."""
-        return pika.BlockingConnection(pika.URLParameters(self.url(vhost)))
+        """Return a connection of our own, to the first node."""
+        return pika.BlockingConnection(pika.URLParameters(self.nodes[0].url.replace("%2F", vhost)))
+
+    def waiting(self, vhost: str):
+        """Return RabbitMQ's counts: message_count and consumer_count."""
+        with self.connect(vhost) as connection:
+            return connection.channel().queue_declare(QUEUE, passive=True).method
 
     def empty(self, vhost: str) -> None:
-        """Throw away all tasks, once nobody holds any; give RabbitMQ a moment to tidy up."""
+        """Throw away all tasks, once nobody holds any."""
+        wait_until(lambda: self.waiting(vhost).consumer_count == 0, "workers that were killed are gone")
         with self.connect(vhost) as connection:
-            channel = connection.channel()
-            deadline = time.monotonic() + 30
-            while channel.queue_declare(QUEUE, passive=True).method.consumer_count:
-                if time.monotonic() > deadline:
-                    raise Failed("a worker that was killed still has its consumer")
-                time.sleep(0.02)
-            channel.queue_purge(QUEUE)
-        time.sleep(self.sizes.pause)
+            connection.channel().queue_purge(QUEUE)
 
-    def start(self, command, vhost: str, **pipes) -> subprocess.Popen:
-        """Start a command; its output goes to files, as reading from a pipe would cost CPU here."""
+    def tasks(self, number: int, task: str = "task {:015}") -> Path:
+        """Return a file with so many tasks, one per line."""
+        file = self.folder / f"{number}-{len(task)}"
+        if not file.exists():
+            with file.open("w") as lines:
+                lines.writelines(f"{task.format(n)}\n" for n in range(number))
+        return file
+
+    def start(self, command: list, vhost: str, stdin=subprocess.DEVNULL) -> subprocess.Popen:
+        """Start a command; its output goes to a file, as reading from a pipe would cost CPU here."""
         environment = {**os.environ, "AMQP_URL": self.url(vhost)}
-        with self._signals.held(), self.stdout.open("wb") as out, self.stderr.open("wb") as err:
-            pipes = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err} | pipes
-            process = subprocess.Popen([str(word) for word in command], env=environment, cwd=ROOT, **pipes)
-            self._running.append(process)
+        with self.output.open("wb") as output:
+            process = subprocess.Popen(
+                list(map(str, command)), env=environment, cwd=ROOT, stdin=stdin, stdout=output, stderr=output
+            )
+        self._running.append(process)
         return process
 
     @property
-    def stdout(self) -> Path:
-        """The file with what the command prints that start() has started last."""
-        return self.folder / "stdout"
+    def output(self) -> Path:
+        """The file with what the command prints that was started last."""
+        return self.folder / "output"
 
-    @property
-    def stderr(self) -> Path:
-        """The same for its diagnostics."""
-        return self.folder / "stderr"
-
-    def script(self, *command: str, vhost: str) -> Script:
-        """Start a Python script whose lines are looked at."""
-        with self._signals.held():
-            self._running.append(Script(*command, url=self.url(vhost)))
-        return self._running[-1]
-
-    def workers(self, number: int, vhost: str, command=("worker.py",)) -> list[Script]:
-        """Start workers and return them when they wait for tasks."""
-        scripts = [self.script(*command, vhost=vhost) for _ in range(number)]
-        for script in scripts:
-            script.wait_for("[*] Waiting")
-        return scripts
-
-    def end_scripts(self) -> None:
-        """End whatever was started and still runs."""
-        with self._signals.held():
-            while self._running:
-                running = self._running.pop()
-                running.kill()  # a Script's waits for the end; a Popen's doesn't
-                if isinstance(running, subprocess.Popen) and running.returncode is None:
-                    running.wait()
-
-    def run(self, command, vhost: str, tasks: Path | None = None) -> Usage:
+    def run(self, command: list, vhost: str = MAIN, tasks: Path | None = None) -> Usage:
         """Run a command to its end, with a file of tasks as its input; it must succeed."""
         with tasks.open("rb") if tasks else contextlib.nullcontext(subprocess.DEVNULL) as stdin:
             began = time.perf_counter()
-            process = self.start(command, vhost, stdin=stdin)
-            watchdog = threading.Timer(LIMIT, process.kill)
-            watchdog.daemon = True
-            watchdog.start()
-            try:
-                _, status, used = os.wait4(process.pid, 0)
-            finally:
-                watchdog.cancel()
+            process = self.start(command, vhost, stdin)
+            _, status, used = os.wait4(process.pid, 0)
         usage = Usage(time.perf_counter() - began, used.ru_utime + used.ru_stime)
         process.returncode = os.waitstatus_to_exitcode(status)  # as it was waited for behind Popen's back
         self._running.remove(process)
-        self._check(process)
+        assert process.returncode == 0, f"{command} ended with {process.returncode}: {self.output.read_text()[-500:]}"
         return usage
 
-    def peak_memory(self, tasks: Path, vhost: str) -> float:
-        """Return how many megabytes `new_task.py -` has in memory at most while it sends a file of tasks."""
-        with tasks.open("rb") as stdin:
-            process = self.start([sys.executable, "new_task.py", "-"], vhost, stdin=stdin)
-            watched, peak, deadline = psutil.Process(process.pid), 0, time.monotonic() + LIMIT
-            while process.poll() is None:
-                with contextlib.suppress(psutil.Error):  # it has just ended
-                    peak = max(peak, watched.memory_info().rss)
-                if time.monotonic() > deadline:
-                    raise Failed(f"new_task.py - takes longer than {LIMIT} s")
-                time.sleep(0.01)
-        self._check(process)
-        return peak / 1e6
-
-    def _check(self, process) -> None:
-        if process.returncode:
-            words = " ".join(Path(word).name for word in process.args)
-            raise Failed(f"{words} ended with {process.returncode}: {self.stderr.read_text(errors='replace')[-500:]}")
-
-    def work(self, command, vhost: str, tasks: int, filled: bool = False) -> Usage:
-        """Return what a task takes a worker, where the queue is full of empty tasks. Its start doesn't count."""
-        if not filled:
+    def send(self, command: list, number: int, vhost: str = MAIN) -> Usage:
+        """Return what a task takes that comes from a list, the start of the program included."""
+        if vhost != DEEP:
             self.empty(vhost)
-            self.run([sys.executable, "new_task.py", "-"], vhost, self.tasks(tasks))
-        process = self.start(command, vhost)
-        with self.stdout.open("rb") as printed:
-            done, watched, deadline = 0.0, psutil.Process(process.pid), time.monotonic() + LIMIT
+        return self.run(command, vhost, self.tasks(number)).per(number)
 
-            def after(number: int) -> tuple[float, float, float]:
+    def work(self, command: list, vhost: str = MAIN) -> Usage:
+        """Return what an empty task takes a worker, without the worker's start."""
+        if vhost != DEEP:
+            self.empty(vhost)
+            self.run(SENDER, vhost, self.tasks(self.sizes.work))
+        process = self.start(command, vhost)
+        watched, done = psutil.Process(process.pid), 0
+        with self.output.open("rb") as printed:
+
+            def after(number: int) -> tuple[float, float, int]:
                 """Return the time, the CPU time and the tasks done, when at least so many are."""
                 nonlocal done
+                deadline = time.monotonic() + LIMIT
                 while done < number:
-                    if process.poll() is not None or time.monotonic() > deadline:
-                        self._check(process)
-                        raise Failed(f"{Path(command[1]).name} did {done} of {tasks} tasks")
-                    time.sleep(LOOK_SECONDS)
-                    done += printed.read().count(b"\n") / 2  # two lines a task, and never mind the first line
+                    assert process.poll() is None and time.monotonic() < deadline, self.output.read_text()[-500:]
+                    time.sleep(0.005)  # some tenths of a percent of what is measured
+                    done += printed.read().count(b" [x] Done")
                 return time.perf_counter(), sum(watched.cpu_times()[:2]), done
 
-            first, last = after(tasks // 20), after(tasks - 1)
-        self.end_scripts()
+            first, last = after(self.sizes.work // 20), after(self.sizes.work - 1)
+        self.end()
         wall, cpu, count = (b - a for a, b in zip(first, last, strict=True))
         return Usage(wall, cpu).per(count)
 
-    def tasks(self, number: int) -> Path:
-        """Return a file with so many tasks without a dot, one per line."""
-        file = self.folder / f"{number}-tasks"
-        if not file.exists():
-            with file.open("w") as lines:
-                lines.writelines(f"task {n}\n" for n in range(number))
-        return file
+    def workers(self, number: int, command: tuple = ("worker.py",), vhost: str = MAIN) -> list[Script]:
+        """Start workers whose lines are read, and return them when they wait for tasks."""
+        scripts = [Script(*command, url=self.url(vhost)) for _ in range(number)]
+        self._running += scripts
+        for script in scripts:
+            script.wait_for("[*] Waiting", within=LIMIT)
+        return scripts
 
-    def in_turns(self, variants: dict, rounds: int) -> dict[str, list]:
-        """Call each variant once a round; return what they returned. The order changes from round to round."""
-        results = {name: [] for name in variants}
-        for turn in range(rounds):
-            names = list(variants)
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                results[name].append(variants[name]())
-        return results
+    def end(self) -> None:
+        """End whatever was started and still runs."""
+        while self._running:
+            process = self._running.pop()
+            process.kill()
+            process.wait() if isinstance(process, subprocess.Popen) else process.ends()
 
-    @functools.cached_property
-    def deep(self) -> float:
-        """Fill the queue of DEEP with a backlog; return how many megabytes it took the sender at most."""
-        return self.peak_memory(self.tasks(self.sizes.backlog), DEEP)
+    def peak_memory(self, number: int, vhost: str) -> float:
+        """Return how many megabytes `new_task.py -` has in memory at most while it sends so many tasks."""
+        with self.tasks(number).open("rb") as stdin:
+            process = self.start(SENDER, vhost, stdin)
+            watched, peak = psutil.Process(process.pid), 0
+            while process.poll() is None:
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    peak = max(peak, watched.memory_info().rss)
+                time.sleep(0.01)
+        assert process.returncode == 0, self.output.read_text()[-500:]
+        return peak / 1e6
 
-    @functools.cached_property
-    def c_client(self) -> Path | None:
-        """The C baseline, compiled; None where that can't be done."""
+    def c_client(self, job: str) -> list | None:
+        """Return the command of the C baseline, compiled; None where that can't be done."""
         program = self.folder / "baseline"
-        compiler = shutil.which("cc")
-        if not compiler:
+        command = ["cc", "-O2", "-o", program, ROOT / "tools" / "baseline.c", "-lrabbitmq"]
+        if not program.exists() and (not shutil.which("cc") or subprocess.run(command, capture_output=True).returncode):
+            print("The C client is left out. For it: apt-get install gcc librabbitmq-dev", flush=True)
             return None
-        command = [compiler, "-O2", "-o", program, TOOLS / "baseline.c", "-lrabbitmq"]
-        compiled = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
-        return program if compiled.returncode == 0 else None
+        return [program, job]
 
 
-def virtual_hosts() -> dict:
-    """Return the definitions with which RabbitMQ starts. The tutorial's queue is in each virtual host."""
-    names = (MAIN, OTHER, DEEP, CLASSIC)
-    everything = {"configure": ".*", "write": ".*", "read": ".*"}
-    queue = {"name": QUEUE, "durable": True, "auto_delete": False}
-    return {
-        "users": [{"name": "guest", "password": "guest", "tags": "administrator"}],
-        "vhosts": [{"name": name} for name in names],
-        "permissions": [{"user": "guest", "vhost": name, **everything} for name in names],
-        "queues": [{**queue, "vhost": name, "arguments": {} if name == CLASSIC else QUORUM} for name in names],
-    }
-
-
-# How figures are written.
-
-
-def ratio(ours: list[float], theirs: list[float]) -> str:
-    """Return the median of the rounds' ratios, and how far they spread."""
-    # What took less than the system's clock can tell, as it may in a quick run, has no ratio.
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True) if b] or [float("nan")]
-    if len(ratios) == 1:
-        return times(ratios[0])
-    return f"**{times(statistics.median(ratios))}** ({times(min(ratios))} to {times(max(ratios))})"
+def in_turns(variants: dict[str, Callable], rounds: int) -> dict[str, list]:
+    """Call each variant once a round; return what they returned. The order changes from round to round."""
+    results = {name: [] for name in variants}
+    for turn in range(rounds):
+        names = list(variants)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            results[name].append(variants[name]())
+    return results
 
 
 def times(value: float) -> str:
@@ -329,36 +239,35 @@ def times(value: float) -> str:
     return f"{value:.2f}" if 0.1 <= value < 10 else f"{value:.2g}" if value < 0.1 else f"{value:,.0f}"
 
 
+def ratio(ours: list[float], theirs: list[float]) -> str:
+    """Return the median of the rounds' ratios, and how far they spread."""
+    # What took less than the system's clock can tell, as it may in a quick run, has no ratio.
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True) if b] or [float("nan")]
+    return f"**{times(statistics.median(ratios))}** ({times(min(ratios))} to {times(max(ratios))})"
+
+
 def median(values, unit: str = "", scale: float = 1) -> str:
     """Return the median with three digits, and thousands apart."""
     value = statistics.median(values) * scale
     digits = max(0, 2 - len(str(int(abs(value))))) + (abs(value) < 10)
-    return f"{value:,.{digits}f}{unit and ' ' + unit}"
+    return f"{value:,.{digits}f} {unit}".strip()
 
 
 def table(*rows) -> str:
     """Return a Markdown table that reads well as plain text, too; the first row is its head."""
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    lines = [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows]
+    return "\n".join([lines[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines[1:]])
 
 
-def speed_table(what: str, results: dict[str, list[Usage]], against: str) -> str:
-    """Return a table of speed and CPU per task. `against` is the variant that the others are compared with."""
-    base = results[against]
-    rows = [
-        (
-            name,
-            ratio([usage.wall for usage in base], [usage.wall for usage in usages]) if name != against else "1",
-            ratio([usage.cpu for usage in usages], [usage.cpu for usage in base]) if name != against else "1",
-            median([1 / usage.wall for usage in usages]),
-            median([usage.cpu for usage in usages], "µs", 1e6),
-        )
-        for name, usages in results.items()
-    ]
-    return table((what, "speed, ratio", "CPU per task, ratio", "tasks a second", "CPU per task"), *rows)
+def usage_table(what: str, results: dict[str, list[Usage]], against: str, per: str = "task") -> str:
+    """Return a table of speed and CPU, with ratios to the variant that the others are compared with."""
+    (base_walls, base_cpus), rows = zip(*results[against], strict=True), []
+    for name, usages in results.items():
+        walls, cpus = zip(*usages, strict=True)
+        ratios = ("1", "1") if name == against else (ratio(base_walls, walls), ratio(cpus, base_cpus))
+        rows.append((name, *ratios, median(walls, "µs", 1e6), median(cpus, "µs", 1e6)))
+    return table((what, "speed, ratio", "CPU, ratio", f"time per {per}", f"CPU per {per}"), *rows)
 
 
 # The benchmarks. Each returns a section of the report; its docstring is what the section says below its title.
@@ -368,170 +277,82 @@ def bulk(bench: Bench) -> str:
     """Many tasks in
 
     How fast a list of tasks gets in, start-up included. The speed of all is divided by that of the tutorial's loop,
-    which sends tasks and never learns what became of them; amqp-publish doesn't, either. Those with "confirmed" know
-    that RabbitMQ has each task on disk.
+    which sends tasks and never learns what became of them. Those with "confirmed" know that RabbitMQ has each task on
+    disk. The last line is what a task costs `new_task.py -` above its start: the start is that of an empty list.
     """
-    sizes = bench.sizes
-
-    def sender(command, number: int):
-        def send() -> Usage:
-            bench.empty(MAIN)
-            return bench.run(command, MAIN, bench.tasks(number)).per(number)
-
-        return send
+    sizes, ours, loop = bench.sizes, "`new_task.py -`, confirmed", "the tutorial's loop, unconfirmed"
 
     def one_process_each() -> Usage:
         bench.empty(MAIN)
-        runs = [bench.run([sys.executable, "new_task.py", "task"], MAIN) for _ in range(sizes.processes)]
+        runs = [bench.run([sys.executable, "new_task.py", "task"]) for _ in range(sizes.processes)]
         return Usage(*map(sum, zip(*runs, strict=True))).per(sizes.processes)
 
-    loop = "the tutorial's loop, unconfirmed"
     variants = {
-        "`new_task.py -`, confirmed": sender([sys.executable, "new_task.py", "-"], sizes.bulk),
-        loop: sender([sys.executable, BASELINES, "unconfirmed"], sizes.bulk),
-        "the same, each one confirmed before the next": sender([sys.executable, BASELINES, "confirmed"], sizes.slow),
+        ours: lambda: bench.send(SENDER, sizes.bulk),
+        loop: lambda: bench.send(LOOP, sizes.bulk),
+        "each one confirmed before the next": lambda: bench.send([*LOOP[:-1], "confirmed"], sizes.slow),
         "`new_task.py WORD` for each task, confirmed": one_process_each,
     }
-    notes = []
-    if program := shutil.which("amqp-publish"):
-        command = [program, "-u", bench.url(MAIN), "-r", QUEUE, "-p", "-l"]
-        variants["`amqp-publish -l`, a C program, unconfirmed"] = sender(command, sizes.bulk)
-    else:
-        notes.append("amqp-publish (package amqp-tools) is left out, as it is not installed here.")
-    if bench.c_client:
-        variants["tools/baseline.c, 2000 under way, confirmed"] = sender([bench.c_client, "publish"], sizes.bulk)
-    else:
-        notes.append(NO_C_CLIENT)
-    results = bench.in_turns(variants, sizes.rounds)
-    return "\n\n".join([speed_table("sender", results, loop), *notes])
-
-
-NO_C_CLIENT = "The C client is left out, as there is no C compiler or no librabbitmq (package librabbitmq-dev) here."
+    if client := bench.c_client("publish"):
+        variants["tools/baseline.c, 2000 under way, confirmed"] = lambda: bench.send(client, sizes.bulk)
+    results = in_turns(variants, sizes.rounds)
+    starts = [bench.run(SENDER, MAIN, bench.tasks(0)).cpu for _ in range(sizes.rounds)]
+    above = [usage.cpu - statistics.median(starts) / sizes.bulk for usage in results[ours]]
+    return f"{usage_table('sender', results, loop)}\n\nCPU per task above the start: {median(above, 'µs', 1e6)}"
 
 
 def worker(bench: Bench) -> str:
     """The worker's overhead
 
     Tasks without a dot, so there is no work: what is left is receiving, printing and acknowledging them one by one.
-    All print each line at once. The tutorial's loop has no heartbeats while it works, no reconnecting, no handling of
-    signals and of tasks that fail: what `worker.py` adds costs the difference.
+    The tutorial's loop has no heartbeats while it works, no reconnecting, no handling of signals and of tasks that
+    fail: what `worker.py` adds costs the difference.
     """
-    tasks, loop = bench.sizes.work, "the tutorial's loop"
-    commands = {"`worker.py`": [sys.executable, "worker.py"], loop: [sys.executable, BASELINES, "work"]}
-    notes = [] if bench.c_client else [NO_C_CLIENT]
-    if bench.c_client:
-        commands["tools/baseline.c"] = [bench.c_client, "work"]
-    variants = {name: functools.partial(bench.work, command, MAIN, tasks) for name, command in commands.items()}
-    results = bench.in_turns(variants, bench.sizes.work_rounds)
-    return "\n\n".join([speed_table("worker", results, loop), *notes])
+    loop = "the tutorial's loop"
+    commands = {"`worker.py`": WORKER, loop: PLAIN_WORKER}
+    if client := bench.c_client("work"):
+        commands["tools/baseline.c"] = client
+    variants = {name: lambda command=command: bench.work(command) for name, command in commands.items()}
+    return usage_table("worker", in_turns(variants, bench.sizes.short), loop)
 
 
 def by_hand(bench: Bench) -> str:
     """One task by hand
 
     `python new_task.py hello` against the tutorial's sender, from the start of Python to its end. Ours waits for the
-    confirm, theirs doesn't. Most of either is the import of pika. A ratio below 1 says that ours takes less.
+    confirm, theirs doesn't. Most of either is the import of pika.
     """
     bench.empty(MAIN)
-    ours, theirs = "`new_task.py hello`, confirmed", "the tutorial's sender, unconfirmed"
-    commands = {ours: ["new_task.py", "hello"], theirs: [BASELINES, "one", "hello"]}
-    variants = {name: functools.partial(bench.run, [sys.executable, *words], MAIN) for name, words in commands.items()}
-    results = bench.in_turns(variants, bench.sizes.by_hand)
-    walls, cpus = ({name: [u[n] for u in usages] for name, usages in results.items()} for n in (0, 1))
-    return table(
-        ("sender", "time, ratio", "CPU, ratio", "time", "CPU"),
-        *(
-            (
-                name,
-                ratio(walls[name], walls[theirs]) if name == ours else "1",
-                ratio(cpus[name], cpus[theirs]) if name == ours else "1",
-                median(walls[name], "ms", 1000),
-                median(cpus[name], "ms", 1000),
-            )
-            for name in results
-        ),
-    )
+    theirs = "the tutorial's sender, unconfirmed"
+    commands = {"`new_task.py hello`, confirmed": ["new_task.py", "hello"], theirs: [BASELINES, "one", "hello"]}
+    variants = {name: lambda words=words: bench.run([sys.executable, *words]) for name, words in commands.items()}
+    return usage_table("sender", in_turns(variants, bench.sizes.short), theirs, per="run")
 
 
 def latency(bench: Bench) -> str:
     """From the sender to an idle worker
 
-    What someone sees who has a worker waiting in one shell and sends a task in another. The worker can have the task
-    before its sender has the confirm, so "Sent to Received" may be negative: the worker printed its line first.
+    What someone sees who has a worker waiting in one shell and sends a task in another: from the command to "Received".
     """
-    pairs = {
-        "`new_task.py` and `worker.py`": (MAIN, ("new_task.py",), ("worker.py",)),
-        "the tutorial's pair": (OTHER, (BASELINES, "one"), (BASELINES, "work")),
-    }
 
-    def sends(vhost: str, sender, worker):
+    def sends(vhost: str, sender: tuple, worker: tuple):
         bench.empty(vhost)
-        (receiver,) = bench.workers(1, vhost, worker)
+        (receiver,) = bench.workers(1, worker, vhost)
 
-        def send() -> tuple[float, float]:
+        def send() -> float:
             before, began = len(receiver.output()), time.monotonic()
-            script = bench.script(*sender, "hello", vhost=vhost)
-            sent = script.wait_for("Sent")
-            received = receiver.wait_for("Received", times=before // 2 + 1)
-            script.ends()
-            return received.at - began, received.at - sent.at
+            Script(*sender, "hello", url=bench.url(vhost)).ends()
+            return receiver.wait_for("Received", times=before // 2 + 1).at - began
 
         return send
 
-    variants = {name: sends(*pair) for name, pair in pairs.items()}
-    results = bench.in_turns(variants, bench.sizes.by_hand)
-    bench.end_scripts()
-    ours, theirs = ([all_of for all_of, _ in rounds] for rounds in results.values())
-    ratios = {name: "1" for name in results} | {next(iter(results)): ratio(ours, theirs)}
-    return table(
-        ("pair", "command to Received, ratio", "command to Received", "Sent to Received"),
-        *(
-            (name, ratios[name], *(median(values, "ms", 1000) for values in zip(*rounds, strict=True)))
-            for name, rounds in results.items()
-        ),
-    )
-
-
-def redelivery(bench: Bench) -> str:
-    """When a worker is killed
-
-    Two workers wait, one gets a task, and `kill -9` hits it in the middle: the time until the other one has the task.
-    RabbitMQ gives it back as soon as the connection breaks, so there is nothing that a worker could do better here.
-    """
-
-    def kills(command):
-        def kill() -> float:
-            bench.empty(MAIN)
-            pair = bench.workers(2, MAIN, command)
-            bench.run([sys.executable, "new_task.py", "." * 60], MAIN)
-            busy = first(pair)
-            pair.remove(busy)
-            began = time.monotonic()
-            busy.kill()
-            received = pair[0].wait_for("Received").at - began
-            bench.end_scripts()
-            return received
-
-        return kill
-
-    def first(pair: list[Script]) -> Script:
-        deadline = time.monotonic() + 30
-        while True:
-            for script in pair:
-                if "Received" in str(script):
-                    return script
-            if time.monotonic() > deadline:
-                raise Failed("no worker received the task")
-            time.sleep(0.01)
-
-    variants = {"`worker.py`": kills(("worker.py",)), "the tutorial's loop": kills((BASELINES, "work"))}
-    results = bench.in_turns(variants, bench.sizes.rounds)
-    ours, theirs = results.values()
-    ratios = (ratio(ours, theirs), "1")
-    return table(
-        ("worker", "kill to redelivery, ratio", "kill to redelivery"),
-        *((name, ratios[n], median(results[name], "ms", 1000)) for n, name in enumerate(results)),
-    )
+    ours = sends(MAIN, ("new_task.py",), ("worker.py",))
+    theirs = sends(OTHER, (BASELINES, "one"), (BASELINES, "work"))
+    results = in_turns({"`new_task.py` and `worker.py`": ours, "the tutorial's pair": theirs}, bench.sizes.short)
+    bench.end()
+    (name, values), (other, base) = results.items()
+    rows = (name, ratio(values, base), median(values, "ms", 1000)), (other, "1", median(base, "ms", 1000))
+    return table(("pair", "ratio", "command to Received"), *rows)
 
 
 def scaling(bench: Bench) -> str:
@@ -544,104 +365,58 @@ def scaling(bench: Bench) -> str:
     sizes, efficiency = bench.sizes, {number: [] for number in bench.sizes.workers}
 
     def makespan(workers: list[Script]) -> float:
-        """Return the seconds from the first task's start to the last one's end."""
-        before, number = [len(worker.output()) for worker in workers], len(workers) * sizes.dots
-        list_of_tasks = bench.folder / "one-dot-tasks"
-        list_of_tasks.write_text("one second.\n" * number)
-        bench.run([sys.executable, "new_task.py", "-"], MAIN, list_of_tasks)
-        deadline = time.monotonic() + 30 + 5 * sizes.dots
-        while sum(len(worker.output()) for worker in workers) - sum(before) < 2 * number:
-            if time.monotonic() > deadline:
-                raise Failed(f"{len(workers)} workers did not do {number} one-dot tasks in time")
-            time.sleep(0.02)
-        times = [line.at for n, worker in zip(before, workers, strict=True) for line in worker.lines[n:]]
-        return max(times) - min(times)
+        began, number = time.monotonic(), len(workers) * sizes.dots
+        bench.run(SENDER, MAIN, bench.tasks(number, "one second."))
+
+        def times() -> list[float]:
+            lines = [line for worker in workers for line in worker.lines if line.at > began]
+            return [line.at for line in lines if "[x]" in line.text]
+
+        wait_until(lambda: len(times()) == 2 * number, f"{number} one-dot tasks are done", LIMIT)
+        return max(times()) - min(times())
 
     for _ in range(sizes.rounds):
         bench.empty(MAIN)
         workers: list[Script] = []
         for number in sizes.workers:  # those that are there stay: to start 63 of them takes longer than 32
-            workers += bench.workers(number - len(workers), MAIN)
+            workers += bench.workers(number - len(workers))
             efficiency[number].append(sizes.dots / makespan(workers))
-        bench.end_scripts()
+        bench.end()
     bench.scaling = {number: number * statistics.median(values) for number, values in efficiency.items()}
-    rows = [
-        (
-            str(number),
-            ratio(values, [1] * len(values)),
-            median([sizes.dots / e for e in values], "s"),
-            f"{sizes.dots} s",
-        )
-        for number, values in efficiency.items()
-    ]
-    picture = "![Tasks a second against the number of workers](scaling.svg)"
-    return table(("workers", "efficiency", "time", "ideal"), *rows) + "\n\n" + picture
-
-
-def backlog(bench: Bench) -> str:
-    """A long queue
-
-    Sending to, and working on, a queue with nothing else in it and one with a backlog (in another virtual host). A
-    speed ratio of 1 says that a backlog slows nothing down.
-    """
-    sizes = bench.sizes
-    assert bench.deep  # from here on it is filled
-    return two_queues(
-        bench,
-        {"an empty queue": MAIN, f"{sizes.backlog:,} tasks in the queue": DEEP},
-        keep={DEEP},
-        against="an empty queue",
-    )
+    rows = [(str(number), ratio(values, [1] * len(values))) for number, values in efficiency.items()]
+    return table(("workers", "efficiency"), *rows) + "\n\n![Tasks a second by the number of workers](scaling.svg)"
 
 
 def quorum(bench: Bench) -> str:
     """Quorum queue and classic queue
 
     `new_task.py -` and `worker.py` on the queue that they declare themselves, and on a durable classic queue, as older
-    tutorials left it. Below 1, the quorum queue is slower: that is the price for its log of every step, which is what
-    a cluster needs to lose nothing, and for its count of deliveries.
+    tutorials left it. Where the quorum queue is slower, that is the price for its log of every step, which is what a
+    cluster needs to lose nothing, and for its count of deliveries.
     """
-    return two_queues(bench, {"quorum": MAIN, "classic": CLASSIC}, keep=set(), against="classic")
+    return two_queues(bench, {"quorum": MAIN, "classic": CLASSIC}, against="classic")
 
 
-def two_queues(bench: Bench, vhosts: dict[str, str], keep: set[str], against: str) -> str:
-    """Return tables of sending to, and working on, queues that differ. Those in `keep` keep their tasks."""
+def two_queues(bench: Bench, vhosts: dict[str, str], against: str) -> str:
+    """Return tables of sending to, and working on, queues that differ."""
     sizes = bench.sizes
-
-    def send(vhost: str) -> Usage:
-        if vhost not in keep:
-            bench.empty(vhost)
-        return bench.run([sys.executable, "new_task.py", "-"], vhost, bench.tasks(sizes.bulk)).per(sizes.bulk)
-
-    def work(vhost: str) -> Usage:
-        return bench.work([sys.executable, "worker.py"], vhost, sizes.work, filled=vhost in keep)
-
-    sent = bench.in_turns({name: functools.partial(send, v) for name, v in vhosts.items()}, sizes.rounds)
-    done = bench.in_turns({name: functools.partial(work, v) for name, v in vhosts.items()}, sizes.work_rounds)
-    tables = speed_table("`new_task.py -`", sent, against), speed_table("`worker.py`", done, against)
-    return "\n\n".join(tables)
+    sent = in_turns({name: lambda v=v: bench.send(SENDER, sizes.bulk, v) for name, v in vhosts.items()}, sizes.rounds)
+    done = in_turns({name: lambda v=v: bench.work(WORKER, v) for name, v in vhosts.items()}, sizes.short)
+    return f"{usage_table('`new_task.py -`', sent, against)}\n\n{usage_table('`worker.py`', done, against)}"
 
 
-def memory(bench: Bench) -> str:
-    """Memory for a long list
+def backlog(bench: Bench) -> str:
+    """A long list, and a long queue
 
-    How much memory `new_task.py -` takes at most (resident set size): what it holds is a window of tasks that are not
-    confirmed, never the list. The long list is sent once, as the peak hardly varies.
+    The memory that `new_task.py -` takes at most (resident set size): what it holds is a window of tasks that are not
+    confirmed, never the list. And the speed of sending to, and working on, a queue with nothing else in it and one
+    with a backlog (in another virtual host).
     """
-    sizes = bench.sizes
-    few = [bench.peak_memory(bench.tasks(sizes.few), OTHER) for _ in range(sizes.rounds)]
-    bench.empty(OTHER)
-    many = bench.deep
-    return table(
-        ("tasks", "peak memory, ratio", "peak memory", "more than for the short list"),
-        (f"{sizes.few:,}", "1", median(few, "MB"), ""),
-        (
-            f"{sizes.backlog:,}",
-            ratio([many], [statistics.median(few)]),
-            median([many], "MB"),
-            f"{many - statistics.median(few):.1f} MB",
-        ),
-    )
+    few, many = bench.sizes.backlog // 100, bench.sizes.backlog
+    peaks = {number: bench.peak_memory(number, vhost) for number, vhost in ((few, OTHER), (many, DEEP))}
+    rows = [(f"{number:,}", f"{peak:.1f} MB") for number, peak in peaks.items()]
+    vhosts = {"an empty queue": MAIN, f"{many:,} tasks in the queue": DEEP}
+    return f"{table(('tasks', 'peak memory'), *rows)}\n\n{two_queues(bench, vhosts, 'an empty queue')}"
 
 
 BENCHMARKS = {
@@ -649,75 +424,79 @@ BENCHMARKS = {
     "worker": worker,
     "by-hand": by_hand,
     "latency": latency,
-    "redelivery": redelivery,
     "scaling": scaling,
     "quorum": quorum,
-    "memory": memory,
     "backlog": backlog,
 }
 
 
-# The report.
-
-METHOD = __doc__.strip().rpartition("\n\n")[2]  # the paragraph at the top of this file
-
-HEAD = """\
-# Benchmarks
-
-Written by `make bench`, which measures all this again, on your machine (`make bench ARGS="--help"` tells more).
-
-{explanation}
-
-{machine}
-"""
+def virtual_hosts() -> dict:
+    """Return the definitions with which RabbitMQ starts. The tutorial's queue is in each virtual host."""
+    names, everything = (MAIN, OTHER, DEEP, CLASSIC), {"configure": ".*", "write": ".*", "read": ".*"}
+    queue = {"name": QUEUE, "durable": True, "auto_delete": False}
+    return {
+        "users": [{"name": "guest", "password": "guest", "tags": "administrator"}],
+        "vhosts": [{"name": name} for name in names],
+        "permissions": [{"user": "guest", "vhost": name, **everything} for name in names],
+        "queues": [{**queue, "vhost": name, "arguments": {} if name == CLASSIC else QUORUM} for name in names],
+    }
 
 
-def title(benchmark) -> str:
-    """Return the first line of a benchmark's docstring."""
-    return benchmark.__doc__.splitlines()[0]
+def carried(sizes: Sizes, folder: Path, count: int) -> tuple[str, ...]:
+    """Return what a cluster of so many nodes carries: a column of the table in docs/how-far.md."""
+    vhost = "%2F"
+    with Bench(sizes, folder, cluster_nodes(folder, count)) as bench:
+        node = bench.nodes[0]
+        bench.run([sys.executable, "new_task.py"], vhost)  # which declares the queue
+
+        def memory() -> float:
+            tidy = "[erlang:garbage_collect(P) || P <- erlang:processes()], erlang:memory(total)."
+            return int(node.ctl("eval", tidy)) / 1e6
+
+        def disk() -> float:
+            return sum(file.stat().st_size for file in (node.folder / "data").rglob("*") if file.is_file()) / 1e6
+
+        sent = bench.send(SENDER, sizes.bulk, vhost)
+        (one,), before = bench.workers(1, vhost=vhost), time.monotonic()
+        wait_until(lambda: bench.waiting(vhost).message_count < sizes.bulk * 0.9, "a worker works", LIMIT)
+        done = (sizes.bulk - bench.waiting(vhost).message_count) / (time.monotonic() - before)
+        worker_mb = psutil.Process(one.process.pid).memory_full_info().pss / 1e6
+        bench.end()
+        bench.empty(vhost)
+        before, connections = memory(), [bench.connect(vhost) for _ in range(sizes.connections)]
+        for connection in connections:
+            connection.channel().basic_consume(QUEUE, lambda *_: None)
+        kilobytes = (memory() - before) / len(connections) * 1000
+        for connection in connections:
+            connection.close()
+        bench.empty(vhost)
+        before, disk_before = memory(), disk()
+        bench.run(SENDER, vhost, bench.tasks(sizes.backlog))
+        megabytes, disk_mb = ((a - b) * 1e6 / sizes.backlog for a, b in ((memory(), before), (disk(), disk_before)))
+    return (
+        f"{count} node{'s' * (count > 1)}",
+        f"{1 / sent.wall:,.0f}",
+        f"{done:,.0f}",
+        f"{kilobytes:,.0f} kB",
+        f"{megabytes:,.0f} MB",
+        f"{disk_mb:,.0f} MB",
+        f"{worker_mb:,.0f} MB",
+    )
 
 
-def explanation(text: str) -> str:
-    """Return a docstring without its first paragraph and its indentation."""
-    return "\n".join(line.strip() for line in text.split("\n\n", 1)[1].strip().splitlines())
-
-
-def machine(bench: Bench, load: float) -> str:
-    """Return a table of what was measured with what, and where."""
-    sizes = bench.sizes
-    with bench.connect(MAIN) as connection:
-        server = connection._impl.server_properties  # BlockingConnection has no public name for it
-    rabbitmq = f"{server['version']} on {server['platform']}, one node, on the same machine"
-    rows = [
-        ("CPU", f"{cpu_model()}, {os.cpu_count()} cores"),
-        ("memory", f"{psutil.virtual_memory().total / 2**30:.0f} GiB"),
-        ("system", operating_system()),
-        ("Python, pika", f"{platform.python_version()}, {importlib.metadata.version('pika')}"),
-        ("RabbitMQ", rabbitmq),
-        ("date", f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"),
-        (
-            "rounds",
-            f"{sizes.rounds}; {sizes.work_rounds} for workers; {sizes.by_hand} for what takes less than a second",
-        ),
-        ("load before", f"{load:.1f} processes wanted a CPU in the minute before"),
-    ]
-    return table(("measured", "with"), *rows)
-
-
-def cpu_model() -> str:
-    """Return the name of the CPU, where the system tells."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def operating_system() -> str:
-    """Return the name of the system and of its kernel."""
-    with contextlib.suppress(OSError):
-        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {platform.system()} {platform.release()}"
-    return platform.platform()
+def how_far(sizes: Sizes, folder: Path) -> str:
+    """Return the table that docs/how-far.md reckons with."""
+    what = (
+        "",
+        "tasks sent a second, by one `new_task.py -`",
+        "empty tasks done a second, by one `worker.py`",
+        "RabbitMQ's memory for a worker's connection, on its node",
+        "memory of each node for a million waiting tasks of 20 bytes",
+        "disk of each node for a million waiting tasks of 20 bytes",
+        "memory of a `worker.py`",
+    )
+    cluster = 1 if sizes is QUICK else 3
+    return table(*zip(what, carried(sizes, folder / "one", 1), carried(sizes, folder / "all", cluster), strict=True))
 
 
 def plot(tasks_per_second: dict[int, float], file: Path) -> None:
@@ -730,99 +509,76 @@ def plot(tasks_per_second: dict[int, float], file: Path) -> None:
     grey, blue = "#808080", "#3b8eea"
     style = {f"{part}.color": grey for part in ("xtick", "ytick", "text")}
     style |= {"axes.edgecolor": grey, "axes.labelcolor": grey, "svg.fonttype": "none", "svg.hashsalt": "scaling"}
-    style |= {"font.family": "sans-serif", "font.size": 11}
     workers = list(tasks_per_second)
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(6.4, 4))
         axes.plot(workers, workers, color=grey, linestyle="--", linewidth=1, label="ideal")
         axes.plot(workers, list(tasks_per_second.values()), color=blue, marker="o", linewidth=2, label="measured")
-        for scale, ticks in ((axes.set_xscale, axes.set_xticks), (axes.set_yscale, axes.set_yticks)):
-            scale("log", base=2)
-            ticks(workers, [str(number) for number in workers])
         axes.set_xlabel("workers")
         axes.set_ylabel("one-dot tasks done in a second")
         axes.grid(color=grey, alpha=0.25, linewidth=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
         figure.savefig(file, transparent=True, bbox_inches="tight", metadata={"Date": None})
         pyplot.close(figure)
 
 
-def profile(bench: Bench) -> None:
-    """Print where worker.py spends its time on empty tasks: the functions that take most, without what they call."""
-    bench.run([sys.executable, "new_task.py", "-"], MAIN, bench.tasks(bench.sizes.work))
-    saved = bench.folder / "profile"
-    process = bench.start([sys.executable, "-m", "cProfile", "-o", saved, "worker.py"], MAIN)
-    deadline = time.monotonic() + LIMIT
-    while bench.stdout.read_bytes().count(b"\n") < 2 * bench.sizes.work and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.terminate()
-    process.wait()
-    show = "import pstats, sys; pstats.Stats(sys.argv[1]).strip_dirs().sort_stats('tottime').print_stats(25)"
-    subprocess.run([sys.executable, "-c", show, str(saved)], check=True)
+def head(bench: Bench) -> str:
+    """Return the top of the report: how it was measured, and on what."""
+    with bench.connect(MAIN) as connection:
+        server = connection._impl.server_properties  # BlockingConnection has no public name for it
+    versions = f"Python {platform.python_version()}, pika {importlib.metadata.version('pika')}"
+    machine = f"{os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.platform()}"
+    rabbitmq = f"RabbitMQ {server['version']} on {server['platform']}"
+    today = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"
+    how = __doc__.strip().rpartition("\n\n")[2]
+    return f"# Benchmarks\n\nWritten by `make bench`, on {today}: {rabbitmq}, {versions}; {machine}.\n\n{how}\n"
 
 
-def measure(bench: Bench, names: list[str], load: float) -> str:
-    """Run the benchmarks of those names, print each one's section as it is there, and return the whole report."""
-    report = [HEAD.format(explanation=METHOD, machine=machine(bench, load))]
-    print(report[0])
-    for name in names:
-        benchmark = BENCHMARKS[name]
-        report.append(f"## {title(benchmark)}\n\n{explanation(benchmark.__doc__)}\n\n{benchmark(bench)}\n")
-        print(report[-1], flush=True)
-    return "\n".join(report)
-
-
-def arguments() -> argparse.Namespace:
-    """Return what the command line says."""
-    description = __doc__.replace("NAMES", ", ".join(BENCHMARKS))
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="NAME", nargs="+", choices=BENCHMARKS, help="do these benchmarks only")
-    parser.add_argument("--quick", action="store_true", help="see that each benchmark works; the figures mean nothing")
-    parser.add_argument("--profile", action="store_true", help="show where worker.py spends its time")
-    parser.add_argument("--write", metavar="FOLDER", type=Path, help="write the report there; a full run: docs")
-    chosen = parser.parse_args()
-    if not (chosen.only or chosen.quick or chosen.profile):
-        chosen.write = chosen.write or ROOT / "docs"
-    return chosen
-
-
-def install_c_clients() -> None:
-    """Install the two C clients through apt where that may be used. Without them, their rows are left out."""
-    if not shutil.which("amqp-publish"):
-        install("amqp-tools")
-    if not any(Path(include, "amqp.h").exists() for include in ("/usr/include", "/usr/local/include")):
-        install("librabbitmq-dev")
+def section(bench: Bench, benchmark: Callable) -> str:
+    """Run a benchmark, and return its section of the report: title, explanation, figures."""
+    title, _, explanation = benchmark.__doc__.partition("\n\n")
+    explanation = "\n".join(line.strip() for line in explanation.strip().splitlines())
+    text = f"## {title}\n\n{explanation}\n\n{benchmark(bench)}\n"
+    print(text, flush=True)
+    return text
 
 
 def main() -> int:
     """Measure; return the exit status."""
-    chosen = arguments()
-    load = os.getloadavg()[0]
-    if not (chosen.quick or chosen.profile):
-        install_c_clients()
+    names = [*BENCHMARKS, "how-far"]
+    parser = argparse.ArgumentParser(
+        description=__doc__.replace("NAMES", ", ".join(names)), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", metavar="NAME", nargs="+", choices=names, help="do these benchmarks only")
+    parser.add_argument("--quick", action="store_true", help="see that each benchmark works; the figures mean nothing")
+    parser.add_argument("--write", metavar="FOLDER", type=Path, help="write the report there; a full run: docs")
+    chosen = parser.parse_args()
+    if not (chosen.only or chosen.quick):
+        chosen.write = chosen.write or ROOT / "docs"
+    sizes, names = QUICK if chosen.quick else FULL, chosen.only or names
+    raise_on_signals()
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
-    began = time.monotonic()
     try:
-        with Bench(QUICK if chosen.quick else FULL, folder) as bench:
-            if chosen.profile:
-                profile(bench)
-                return 0
-            report = measure(bench, chosen.only or list(BENCHMARKS), load)
+        (folder / "definitions.json").write_text(json.dumps(virtual_hosts()))
+        node = Node(folder / "node", config=f"load_definitions = {folder}/definitions.json\n")
+        with Bench(sizes, folder, [node]) as bench:
+            report = [head(bench), *(section(bench, BENCHMARKS[name]) for name in names if name in BENCHMARKS)]
+        if "how-far" in names:
+            print(far := how_far(sizes, folder))
         if chosen.write:
             chosen.write.mkdir(parents=True, exist_ok=True)
-            (chosen.write / "benchmarks.md").write_text(report)
-            if bench.scaling:
-                plot(bench.scaling, chosen.write / "scaling.svg")
-        print(
-            f"Measured in {time.monotonic() - began:.0f} s" + (f", written to {chosen.write}" if chosen.write else "")
-        )
+            (chosen.write / "benchmarks.md").write_text("\n".join(report))
+            plot(bench.scaling, chosen.write / "scaling.svg")
+            page = (ROOT / "docs" / "how-far.md").read_text()
+            markers = re.compile(r"(<!-- measured.*?-->).*?(<!-- end)", re.DOTALL)
+            (chosen.write / "how-far.md").write_text(markers.sub(rf"\1\n\n{far}\n\n\2", page))
         return 0
-    except (Failed, NodeError, AMQPError, AssertionError) as problem:
-        print(f" [!] {problem or repr(problem)}", file=sys.stderr)
+    except (NodeError, AssertionError) as problem:
+        print(f" [!] {problem}", file=sys.stderr)
     except KeyboardInterrupt:
         print(" [!] Interrupted", file=sys.stderr)
     finally:
+        ignore_signals()
         shutil.rmtree(folder, ignore_errors=True)
     return 1
 

@@ -5,20 +5,18 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 
 from node import Node, NodeError, answers_amqp, find_programs
 from processes import ROOT
 
 FOLDER = ROOT / ".rabbitmq"  # where the private node keeps everything
-
 # The ports that RabbitMQ has everywhere: for AMQP, and for watching it (management UI, metrics for Prometheus).
 PORT = 5672
 WATCH_PORTS = {"management": 15672, "prometheus": 15692}
-
 # RabbitMQ tells how many tasks a queue holds as of five seconds ago. Who follows the tutorial wants to see what is.
 FRESH_FIGURES = "[{rabbit, [{quorum_tick_interval, 1000}]}]."
-
 # Prints one line on what is done about RabbitMQ.
 say = partial(print, "RabbitMQ:", flush=True)
 
@@ -32,7 +30,7 @@ class Container:
         command = ["docker", "compose", "-p", "task-queue-demo", *arguments]
         done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
         if done.returncode:
-            raise NodeError(f"this failed: {' '.join(command)} (without Docker: DOCKER_HOST=tcp://none make demo)")
+            raise NodeError(f"this failed: {' '.join(command)}")
         return done.stdout
 
     @property
@@ -69,17 +67,23 @@ def find() -> Node | Container | None:
         return server
     if not server and docker_answers():
         say("starting it with Docker (docker compose up)")
-        server = Container()
-    elif not server:
+        with suppress(NodeError):
+            return ready(Container())
+        say("Docker can't; going on without")
+    if not server:
         see_programs()
         if answers_amqp("localhost", PORT):  # a package that has just been installed may start its service
             return find()
         say(f"starting a private node, with its data in {FOLDER.name}/")
-        server = private_node()
+    return ready(server or private_node())
+
+
+def ready(server: Node | Container) -> Node | Container:
+    """Start it, and return it when it answers."""
     began = time.monotonic()
     server.start()
-    ready = f"ready on localhost:{PORT} after {time.monotonic() - began:.0f} s"
-    say(f"{ready}, with its management UI on http://localhost:{WATCH_PORTS['management']}")
+    after = f"ready on localhost:{PORT} after {time.monotonic() - began:.0f} s"
+    say(f"{after}, with its management UI on http://localhost:{WATCH_PORTS['management']}")
     return server
 
 
