@@ -207,12 +207,6 @@ def test_a_queue_older_than_the_cluster_is_put_on_all_nodes_by_the_commands_of_t
     grown_cluster.wait_until_whole()
 
 
-def test_a_new_queue_is_on_all_three_nodes(cluster, shells):
-    cluster.delete_queue()
-    shells.send("task")
-    assert len(cluster.queue()["members"]) == 3
-
-
 # Faults under load
 
 

@@ -209,23 +209,15 @@ def test_a_deleted_queue_is_declared_again(broker, shells, task, told):
         assert worker.output("stderr") == [f" [!] The queue 'task_queue' {told}"]
 
 
-def test_a_task_longer_than_the_ack_timeout_is_explained_and_work_goes_on(impatient_rabbitmq, shells):
-    worker = shells.worker()
-    shells.send("long........")
-    worker.wait_for(DONE)
-    worker.wait_for("longer than consumer_timeout")
-    worker.wait_for(WAITING, times=2)
-    worker.wait_for("Received 'long........' (redelivered)")
-
-
-@pytest.fixture
-def impatient_rabbitmq(broker):
-    """RabbitMQ waits 2 s for an acknowledgement, in place of 30 minutes."""
-    usual = broker.node.ctl("eval", "application:get_env(rabbit, consumer_timeout, undefined).")
-    usual = usual.strip().removeprefix("{ok,").removesuffix("}")
-    broker.node.ctl("eval", "application:set_env(rabbit, consumer_timeout, 2000).")
-    yield
-    broker.node.ctl("eval", f"application:set_env(rabbit, consumer_timeout, {usual}).")
+def test_a_task_longer_than_the_ack_timeout_is_explained_and_work_goes_on(broker, shells):
+    timeout = "application:set_env(rabbit, consumer_timeout, {}).".format  # 30 minutes, usually
+    with broker.trouble(("eval", timeout(2000)), ("eval", timeout(1_800_000))):
+        worker = shells.worker()
+        shells.send("long........")
+        worker.wait_for(DONE)
+        worker.wait_for("longer than consumer_timeout")
+        worker.wait_for(WAITING, times=2)
+        worker.wait_for("Received 'long........' (redelivered)")
 
 
 def test_a_signal_at_any_moment_ends_a_worker_in_good_order(broker, shells):
