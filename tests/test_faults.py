@@ -206,6 +206,7 @@ def test_a_deleted_queue_is_declared_again(broker, shells, task, told):
     if task:
         shells.send(task)
         worker.wait_for("Received")
+    wait_until(lambda: broker.consumers() == 1, "RabbitMQ knows the worker")
     broker.delete_queue()
     worker.wait_for(WAITING, times=2)
     shells.send("after")

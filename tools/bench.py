@@ -495,8 +495,8 @@ def how_far(sizes: Sizes, folder: Path) -> str:
         "disk of each node for a million waiting tasks of 20 bytes",
         "memory of a `worker.py`",
     )
-    cluster = 1 if sizes is QUICK else 3
-    return table(*zip(what, carried(sizes, folder / "one", 1), carried(sizes, folder / "all", cluster), strict=True))
+    columns = [carried(sizes, folder / f"cluster{count}", count) for count in ((1,) if sizes is QUICK else (1, 3))]
+    return table(*zip(what, *columns, strict=True))
 
 
 def plot(tasks_per_second: dict[int, float], file: Path) -> None:
