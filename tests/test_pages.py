@@ -60,8 +60,8 @@ def in_shells(page: str) -> list[tuple[str, list[str]]]:
 
 
 def comparable(line: str) -> str:
-    """Return a line without what differs from run to run, and between a node and a container."""
-    line = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", line)
+    """Return a line without what differs from run to run, from shell to shell, and between node and container."""
+    line = re.sub(r"^Quit\b.*", "Quit", re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", line))
     if line.startswith("RabbitMQ:"):
         line = line.replace("container", "node").replace("it with Docker (docker compose up)", "a private node")
         line = re.sub(r"localhost:\d+|,? (after|with) .*", "", line)
