@@ -1,29 +1,46 @@
 """What the tests share: a real RabbitMQ that they started themselves, and scripts run as real processes."""
 
+import contextlib
 import signal
 import subprocess
 import sys
-import time
+import textwrap
 from pathlib import Path
 
 import pika
 import pytest
+import trustme
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from node import Node  # noqa: E402
-from processes import DEADLINE, Script  # noqa: E402
+from node import Node, free_port  # noqa: E402
+from processes import DEADLINE, Script, wait_until  # noqa: E402
 from tcp_proxy import TcpProxy  # noqa: E402
 
-import task_queue  # noqa: E402
-from task_queue import declaration  # noqa: E402
+from task_queue import DEAD_LETTERS, QUEUE, declaration  # noqa: E402
 
 # Where the tests run in the background of a script, these two are ignored, and what the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 LEFT_OUT = pytest.StashKey[int]()
+
+WAITING = " [*] Waiting for messages. To exit press CTRL+C"
+DONE = " [x] Done"
+# Work that takes longer than any test.
+FOREVER = 60 * "."
+
+# A worker or producer as its users would change it.
+CHANGED = """
+import sys, os, time
+sys.path.insert(0, {root!r})
+import {script}
+from task_queue import address, console, consumer, dead_letters, publisher
+
+{changes}
+sys.exit({script}.main())
+"""
 
 
 def pytest_configure(config):
@@ -33,8 +50,8 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        # Tests that share a RabbitMQ of their own, or three, run in one process, one after the other.
-        for shared in ("mortal_node", "strict_node", "tls_port", "test_cluster.py", "test_compose.py"):
+        # Tests that share a RabbitMQ that is killed, or three, run in one process, one after the other.
+        for shared in ("mortal_node", "test_cluster.py", "test_compose.py"):
             if shared in (*item.fixturenames, item.path.name):
                 item.add_marker(pytest.mark.xdist_group(shared))
     # What takes longest comes first: it must not be left alone at the end.
@@ -85,24 +102,63 @@ class Shells:
         worker.wait_for("[*] Waiting for messages")
         return worker
 
+    def both(self, url: str) -> list[Script]:
+        """Start the two scripts, for what both must refuse."""
+        return [self.start(script, url=url) for script in ("new_task.py", "worker.py")]
+
     def new_task(self, *words: str, within: float = DEADLINE, **settings) -> Script:
         """Run new_task.py to its end."""
         task = self.start("new_task.py", *words, **settings)
         task.ends(within)
         return task
 
-    def send(self, *tasks: str) -> None:
+    def send(self, *tasks: str, **settings) -> None:
         """Send tasks one after the other; each must be reported sent."""
         for task in tasks:
-            assert self.new_task(task).output() == [f" [x] Sent {task!r}"]
+            assert self.new_task(task, **settings).output() == [f" [x] Sent {task!r}"]
+
+    def feed(self, *lines: str, script: str = "new_task.py", **settings) -> Script:
+        """Start `new_task.py -` and type lines into it. More can follow: say()."""
+        producer = self.start(script, "-", stdin=subprocess.PIPE, **settings)
+        say(producer, *lines)
+        return producer
+
+    def dead_letters(self, command: str) -> list[str]:
+        """Run `python -m task_queue.dead_letters COMMAND` and return what it prints."""
+        script = self.start("-m", "task_queue.dead_letters", command)
+        assert script.ends() == 0, str(script)
+        return script.output()
 
     def close(self) -> None:
         for script in self._scripts:
             script.kill()
 
 
+def say(producer: Script, *lines: str) -> None:
+    """Type lines into a producer."""
+    producer.process.stdin.write("".join(line + "\n" for line in lines).encode())
+    producer.process.stdin.flush()
+
+
+def refused(script: Script) -> str:
+    """Wait for the exit status 1 with just one line of diagnosis, and return that line."""
+    assert (script.ends(), script.output()) == (1, []), str(script)
+    (line,) = script.output("stderr")
+    assert line.startswith(" [!] ")
+    return line
+
+
+def stop(worker: Script, within: float = DEADLINE) -> None:
+    """Stop a worker with SIGTERM: it must end in good order."""
+    worker.terminate()
+    assert worker.ends(within) == 0
+    assert worker.output("stderr")[-1].startswith(" [!] Stopped by SIGTERM.")
+
+
 class Broker:
     """What a test asks RabbitMQ itself, as `rabbitmqctl list_queues` would tell it."""
+
+    wait_until = staticmethod(wait_until)
 
     def __init__(self, node: Node):
         self.node = node
@@ -114,48 +170,114 @@ class Broker:
     def connect(self):
         return pika.BlockingConnection(pika.URLParameters(self.url))
 
-    def ready(self, queue: str = task_queue.QUEUE) -> int:
+    def ready(self, queue: str = QUEUE) -> int:
         """How many tasks wait in the queue, without those that a worker holds."""
         with self.connect() as connection:
             return connection.channel().queue_declare(queue, passive=True).method.message_count
 
-    def counts(self, queue: str = task_queue.QUEUE) -> dict:
-        """What rabbitmqctl says: {"messages_ready": ..., "messages_unacknowledged": ..., "consumers": ...}."""
-        columns = ("name", "messages_ready", "messages_unacknowledged", "consumers")
-        for line in self.node.ctl("list_queues", *columns, "--no-table-headers").splitlines():
-            name, *numbers = line.split("\t")
-            if name == queue:
-                return dict(zip(columns[1:], map(int, numbers), strict=True))
-        return {}
+    def wait_for_ready(self, number: int, within: float = DEADLINE) -> None:
+        """Return when so many tasks wait."""
+        wait_until(lambda: self.ready() == number, f"{number} tasks wait", within)
 
-    def wait_until(self, condition, what: str, within: float = DEADLINE) -> None:
-        """Return when condition() holds; AssertionError if it doesn't come to that in time."""
-        deadline = time.monotonic() + within
-        while not condition():
-            assert time.monotonic() < deadline, f"{what}: not within {within} s"
-            time.sleep(0.1)
+    def consumers(self) -> int:
+        """How many workers RabbitMQ knows."""
+        with self.connect() as connection:
+            return connection.channel().queue_declare(QUEUE, passive=True).method.consumer_count
+
+    def take(self, count: int, queue: str = QUEUE) -> list[tuple]:
+        """Take all tasks, so many, out of a queue in its order, each as (method, properties, body)."""
+        assert self.ready(queue) == count
+        with self.connect() as connection:
+            deliveries = connection.channel().consume(queue, auto_ack=True)
+            return [next(deliveries) for _ in range(count)]
+
+    def tasks(self, count: int) -> list[bytes]:
+        """Take all tasks, so many, out of the queue."""
+        return [body for _, _, body in self.take(count)]
+
+    def dead_letter(self) -> tuple:
+        """Take the only dead letter, as (headers, properties, body)."""
+        ((_, properties, body),) = self.take(1, DEAD_LETTERS)
+        return properties.headers, properties, body
+
+    def delete_queue(self, queue: str = QUEUE) -> None:
+        with self.connect() as connection:
+            connection.channel().queue_delete(queue)
+
+    def declare_anew(self, **settings) -> None:
+        """Declare the queue with the settings of somebody else. empty() makes up for it before the next test."""
+        with self.connect() as connection:
+            connection.channel().queue_delete(QUEUE)
+            connection.channel().queue_declare(QUEUE, **settings)
+
+    @contextlib.contextmanager
+    def trouble(self, command=("set_vm_memory_high_watermark", "0"), end=("set_vm_memory_high_watermark", "0.4")):
+        """In this block RabbitMQ is out of memory, or what the two commands for rabbitmqctl begin and end."""
+        self.node.ctl(*command)
+        try:
+            yield
+        finally:
+            self.node.ctl(*end)
+
+    @contextlib.contextmanager
+    def user(self, login: str, configure=".*", write=".*", read=".*"):
+        """In this block there is such a user. login: NAME:PASSWORD. Gives its AMQP_URL."""
+        name, password = login.split(":")
+        self.node.ctl("add_user", name, password)
+        self.node.ctl("set_permissions", name, configure, write, read)
+        try:
+            yield f"amqp://{login}@127.0.0.1:{self.node.port}/"
+        finally:
+            self.node.ctl("delete_user", name)
 
     def empty(self) -> None:
         """Throw away all tasks, dead ones too. The queue itself stays, as it takes two seconds to make."""
         with self.connect() as connection:
             channel = connection.channel()
-            channel.queue_delete(task_queue.DEAD_LETTERS)
-
+            channel.queue_delete(DEAD_LETTERS)
             # A test may kill RabbitMQ right away: the queue must be old enough for that.
-            while not declaration.declare(connection, task_queue.QUEUE)[1]:
-                channel.queue_delete(task_queue.QUEUE)  # a test left a classic one
+            while not self._is_ours(connection):
+                connection.channel().queue_delete(QUEUE)  # a test left another one
+            wait_until(lambda: self.consumers() == 0, "the workers of the test before are gone")
+            channel.queue_purge(QUEUE)
 
-            def is_idle() -> bool:
-                return channel.queue_declare(task_queue.QUEUE, passive=True).method.consumer_count == 0
-
-            self.wait_until(is_idle, "the workers of the test before are gone")
-            channel.queue_purge(task_queue.QUEUE)
+    def _is_ours(self, connection) -> bool:
+        try:
+            return declaration.declare(connection, QUEUE)[1]
+        except declaration.Refused:
+            return False
 
 
 @pytest.fixture(scope="session")
-def node(tmp_path_factory):
-    """One RabbitMQ for all tests that don't harm it."""
-    node = Node(tmp_path_factory.mktemp("rabbitmq"))
+def authority(tmp_path_factory):
+    """The folder with ca.pem, of the authority that signs RabbitMQ's certificate, and other-ca.pem, of another."""
+    folder = tmp_path_factory.mktemp("certificates")
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(folder / "ca.pem")
+    trustme.CA().cert_pem.write_to_path(folder / "other-ca.pem")
+    server = ca.issue_cert("localhost")
+    server.private_key_and_cert_chain_pem.write_to_path(folder / "server.pem")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tls_port():
+    """The port where the RabbitMQ of all tests speaks TLS, as localhost and under no other name."""
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory, authority, tls_port):
+    """One RabbitMQ for all tests that don't harm it. It looks every second for tasks that take too long."""
+    config = f"""
+        listeners.ssl.1 = 127.0.0.1:{tls_port}
+        ssl_options.cacertfile = {authority}/ca.pem
+        ssl_options.certfile = {authority}/server.pem
+        ssl_options.keyfile = {authority}/server.pem
+        max_message_size = 2000000
+    """
+    ticks = "[{rabbit, [{channel_tick_interval, 1000}, {quorum_tick_interval, 1000}]}]."
+    node = Node(tmp_path_factory.mktemp("rabbitmq"), config=textwrap.dedent(config), advanced=ticks)
     yield node.start()
     node.close()
 
@@ -168,7 +290,7 @@ def broker(node):
     return broker
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def mortal_node(tmp_path_factory):
     """A RabbitMQ that a test may kill; each test gets it running."""
     node = Node(tmp_path_factory.mktemp("mortal"))
@@ -179,9 +301,7 @@ def mortal_node(tmp_path_factory):
 @pytest.fixture
 def mortal(mortal_node):
     """The same with an empty task_queue."""
-    if not mortal_node.running:
-        mortal_node.start()
-    broker = Broker(mortal_node)
+    broker = Broker(mortal_node.start())
     broker.empty()
     return broker
 
@@ -189,22 +309,49 @@ def mortal(mortal_node):
 @pytest.fixture
 def shells(broker):
     """Shells whose scripts talk to the RabbitMQ of all tests."""
-    shells = Shells(broker.url)
-    yield shells
-    shells.close()
+    with contextlib.closing(Shells(broker.url)) as shells:
+        yield shells
 
 
 @pytest.fixture
 def mortal_shells(mortal):
     """Shells whose scripts talk to the RabbitMQ that may be killed."""
-    shells = Shells(mortal.url)
-    yield shells
-    shells.close()
+    with contextlib.closing(Shells(mortal.url)) as shells:
+        yield shells
+
+
+@pytest.fixture
+def offline():
+    """Shells for what must be answered without any RabbitMQ."""
+    with contextlib.closing(Shells("amqp://127.0.0.1:1")) as shells:
+        yield shells
 
 
 @pytest.fixture
 def proxy(node):
     """A network between the scripts and RabbitMQ that can be broken."""
-    proxy = TcpProxy(node.port)
-    yield proxy
-    proxy.close()
+    with contextlib.closing(TcpProxy(node.port)) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """A function that writes a script as its users would change it, and returns its path."""
+
+    def write(script: str, changes: str) -> str:
+        path = tmp_path / f"own_{script}.py"
+        path.write_text(CHANGED.format(root=str(ROOT), script=script, changes=changes))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def worker_with(changed):
+    """A function that writes a worker with another work(), whose lines are `body`, and returns its path."""
+
+    def write(body: str, *settings: str) -> str:
+        work = f"def work(task):\n{textwrap.indent(body, '    ')}\n\nworker.work = work"
+        return changed("worker", "\n".join((work, "dead_letters.PAUSE_AFTER_FAILURE = 0.1", *settings)))
+
+    return write

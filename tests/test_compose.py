@@ -1,165 +1,108 @@
-"""docker-compose.yml and docker-compose.cluster.yml, run for real: needs a Docker engine, and Compose 2.24 or later.
+"""docker-compose.yml, run for real: needs a Docker engine, and Compose 2.24 or later. The page's blocks run both files.
 
-Every run is a Compose project of its own, on free ports, and is taken down with its volumes and images at the end.
+The run is a Compose project of its own, on free ports, and is taken down with its volumes and images at the end.
 """
 
 import json
 import os
 import subprocess
-import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path
 
 import pika
 import pytest
+from conftest import DONE, ROOT
+from processes import wait_until
 
 pytestmark = pytest.mark.docker
 
-ROOT = Path(__file__).resolve().parent.parent
-FILES = ["docker-compose.yml", "docker-compose.cluster.yml"]
+PROJECT = f"task-queue-test-{os.getpid()}"
 USER, PASSWORD = "tester", "compose-test-password"
-# Longer than RabbitMQ ever takes to notice a lost worker, and a worker to come back.
-DEADLINE = 60
-
-Compose = Callable[..., str]
 
 
-def run_compose(project: str, files: list[Path], *arguments: str) -> str:
+def compose(*arguments: str, file: str = "docker-compose.yml") -> str:
     """Run one `docker compose` command and return what it printed on stdout."""
     # What the user has set must not reach the tests: variables are left out, and these win over a file .env.
     settings = {name: value for name, value in os.environ.items() if not name.startswith(("COMPOSE_", "RABBITMQ_"))}
     settings |= {"RABBITMQ_DEFAULT_USER": USER, "RABBITMQ_DEFAULT_PASS": PASSWORD, "RABBITMQ_ERLANG_COOKIE": "testers"}
     settings |= {"AMQP_PORT": "0", "MANAGEMENT_PORT": "0", "PROMETHEUS_PORT": "0"}  # 0: any port that is free
-    options = [option for file in files for option in ("-f", str(file))]
-    command = ["docker", "compose", "--project-name", project, "--project-directory", str(ROOT), *options, *arguments]
-    done = subprocess.run(command, env=settings, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    command = ["docker", "compose", "--project-name", PROJECT, "-f", file, *arguments]
+    streams = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    done = subprocess.run(command, cwd=ROOT, env=settings, **streams)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
     return done.stdout
 
 
-def running(project: str, *files: Path) -> Iterator[Compose]:
-    """Build the image, hand out a function that runs `docker compose` on these files, and clean up behind it."""
-    compose = partial(run_compose, f"task-queue-test-{os.getpid()}-{project}", list(files))
+@pytest.fixture(scope="module")
+def rabbitmq():
+    """RabbitMQ in a container."""
     try:
         compose("--profile", "*", "build", "--quiet")
-        yield compose
+        compose("up", "-d", "--wait", "rabbitmq")
+        yield
     finally:
         compose("--profile", "*", "down", "--volumes", "--rmi", "local", "--timeout", "0")
 
 
-@pytest.fixture(scope="module")
-def compose() -> Iterator[Compose]:
-    for command in running("single", ROOT / "docker-compose.yml"):
-        command("up", "-d", "--wait", "rabbitmq")
-        yield command
+def wait_for_log(text: str) -> None:
+    """Return once `text` is in the worker's lines."""
+    wait_until(lambda: text in compose("logs", "--no-color", "worker"), f"the worker prints {text!r}", within=60)
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Compose]:
-    # Everything talks inside of the containers here, so the ports that the file publishes needn't be free.
-    without_ports = tmp_path / "without-ports.yml"
-    without_ports.write_text("services:\n" + "".join(f"  rabbit{n}: {{ports: !reset []}}\n" for n in (1, 2, 3)))
-    yield from running("cluster", ROOT / "docker-compose.cluster.yml", without_ports)
+def start_a_worker() -> None:
+    """Start a worker afresh (its log too), and wait until it is ready for tasks."""
+    compose("--profile", "workers", "up", "-d", "--force-recreate", "--no-deps", "worker")
+    wait_for_log("[*] Waiting for messages.")
 
 
-def wait_for_logs(compose: Compose, text: str, count: int = 1) -> str:
-    """Return the workers' lines once `text` is in them `count` times."""
-    end = time.monotonic() + DEADLINE
-    while (logs := compose("logs", "--no-color", "worker")).count(text) < count:
-        assert time.monotonic() < end, f"not {count} times {text!r} in:\n{logs}"
-        time.sleep(0.2)
-    return logs
+def send(task: str) -> None:
+    assert compose("run", "--rm", "new_task", task).splitlines()[-1] == f" [x] Sent {task!r}"
 
 
-def start_workers(compose: Compose, count: int) -> None:
-    """Start so many workers afresh (their logs too), and wait until all of them are ready for tasks."""
-    compose("--profile", "workers", "up", "-d", "--force-recreate", "--no-deps", "--scale", f"worker={count}", "worker")
-    wait_for_logs(compose, "[*] Waiting for messages.", count)
-
-
-def send(compose: Compose, task: str) -> None:
-    assert compose("run", "--rm", "new_task", *task.split()).splitlines()[-1] == f" [x] Sent {task!r}"
-
-
-def connect(compose: Compose, user: str, password: str) -> pika.BlockingConnection:
+def connect(login: str) -> pika.BlockingConnection:
     """Connect to the published port, as a script outside of the containers does."""
     port = compose("port", "rabbitmq", "5672").strip().rpartition(":")[2]
-    return pika.BlockingConnection(pika.URLParameters(f"amqp://{user}:{password}@localhost:{port}/%2F"))
+    return pika.BlockingConnection(pika.URLParameters(f"amqp://{login}@localhost:{port}/%2F"))
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_every_port_is_published_on_loopback_only(file: str) -> None:
-    services = json.loads(run_compose("task-queue-test", [ROOT / file], "config", "--format", "json"))["services"]
+@pytest.mark.parametrize("file", ["docker-compose.yml", "docker-compose.cluster.yml"])
+def test_every_port_is_published_on_loopback_only(file):
+    services = json.loads(compose("config", "--format", "json", file=file))["services"]
     ports = [port for service in services.values() for port in service.get("ports", [])]
     assert ports
     assert {port.get("host_ip") for port in ports} == {"127.0.0.1"}
 
 
-def test_the_running_rabbitmq_listens_on_loopback_only(compose: Compose) -> None:
-    for port in ("5672", "15672", "15692"):
-        assert compose("port", "rabbitmq", port).startswith("127.0.0.1:")
-
-
-def test_user_and_password_come_from_the_environment(compose: Compose) -> None:
-    connect(compose, USER, PASSWORD).close()
+def test_user_and_password_come_from_the_environment(rabbitmq):
+    connect(f"{USER}:{PASSWORD}").close()
     with pytest.raises(pika.exceptions.ProbableAuthenticationError):
-        connect(compose, "guest", "guest")
+        connect("guest:guest")
 
 
-def test_what_rabbitmq_tells_of_a_queue_is_a_second_old_at_most(compose: Compose) -> None:
+def test_what_rabbitmq_tells_of_a_queue_is_a_second_old_at_most(rabbitmq):
     told = "application:get_env(rabbit, quorum_tick_interval)."
     assert compose("exec", "-T", "--user", "rabbitmq", "rabbitmq", "rabbitmqctl", "-q", "eval", told) == "{ok,1000}\n"
 
 
-def test_three_workers_share_the_tasks_that_run_sends(compose: Compose) -> None:
-    start_workers(compose, 3)
-    for task in ("First...", "Second...", "Third..."):
-        send(compose, task)
+def test_a_worker_that_is_stopped_finishes_its_task_first(rabbitmq):
+    start_a_worker()
+    send("Long.....")
+    wait_for_log("[x] Received 'Long.....'")
+    assert DONE not in compose("logs", "worker")
     processes = compose("top")
-    logs = wait_for_logs(compose, "[x] Done", 3).splitlines()
-    assert len({line.split("|")[0] for line in logs if "[x] Received" in line}) == 3
     assert "worker.py" in processes
     assert PASSWORD not in processes
-
-
-def test_a_worker_that_is_stopped_finishes_its_task_first(compose: Compose) -> None:
-    start_workers(compose, 1)
-    send(compose, "Long.....")
-    wait_for_logs(compose, "[x] Received 'Long.....'")
-    assert "[x] Done" not in compose("logs", "worker")
     compose("stop", "worker")
-    assert "[x] Done" in compose("logs", "worker")
+    assert DONE in compose("logs", "worker")
     assert compose("ps", "-a", "--format", "{{.ExitCode}}", "worker").split() == ["0"]
-    connection = connect(compose, USER, PASSWORD)
-    assert connection.channel().queue_declare("task_queue", passive=True).method.message_count == 0
-    connection.close()
+    with connect(f"{USER}:{PASSWORD}") as connection:
+        assert connection.channel().queue_declare("task_queue", passive=True).method.message_count == 0
 
 
-def test_tasks_survive_a_killed_rabbitmq_and_a_new_container(compose: Compose) -> None:
-    compose("stop", "worker")
-    send(compose, "Survivor")
+def test_tasks_survive_a_killed_rabbitmq_and_a_new_container(rabbitmq):
+    send("Survivor")
     compose("kill", "rabbitmq")
     assert compose("ps", "-a", "--format", "{{.ExitCode}}", "rabbitmq").split() == ["137"]
     compose("rm", "--force", "rabbitmq")
     compose("up", "-d", "--wait", "rabbitmq")
-    start_workers(compose, 1)
-    wait_for_logs(compose, "[x] Received 'Survivor'")
-    wait_for_logs(compose, "[x] Done")
-
-
-def test_a_cluster_forms_by_itself_and_survives_the_loss_of_the_leader(cluster: Compose) -> None:
-    cluster("up", "-d", "--wait")
-    send(cluster, "First")
-    wait_for_logs(cluster, "[x] Done")
-    list_queues = "gosu rabbitmq rabbitmqctl -q --formatter json list_queues name members leader"
-    queues = json.loads(cluster("exec", "-T", "rabbit1", *list_queues.split()))
-    (queue,) = [queue for queue in queues if queue["name"] == "task_queue"]
-    assert sorted(queue["members"]) == ["rabbit@rabbit1", "rabbit@rabbit2", "rabbit@rabbit3"]
-
-    leader = queue["leader"].removeprefix("rabbit@")
-    cluster("kill", leader)
-    assert cluster("ps", "-a", "--status", "exited", "--services").split() == [leader]
-    send(cluster, "Second")
-    wait_for_logs(cluster, "[x] Received 'Second'")
-    wait_for_logs(cluster, "[x] Done", 2)
+    start_a_worker()
+    wait_for_log("[x] Received 'Survivor'")
+    wait_for_log(DONE)

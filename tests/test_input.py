@@ -1,40 +1,26 @@
 """What people type: wrong command lines, wrong AMQP_URLs, and tasks from the standard input."""
 
 import os
-import subprocess
+import sys
+import time
 
 import pytest
-from conftest import Shells
-from processes import Script
+from conftest import refused, say
+from processes import Script, wait_until
 
 import new_task
 import worker
-from task_queue import QUEUE
+from task_queue import address
 
 # A user that RabbitMQ doesn't know, with a password that must never be shown.
 LOGIN = "somebody:s3cret"
 
 
-@pytest.fixture
-def offline():
-    """Shells for what must be answered without any RabbitMQ."""
-    shells = Shells("amqp://127.0.0.1:1")
-    yield shells
-    shells.close()
-
-
-def assert_refused(script: Script) -> str:
-    """Wait for the exit status 1 with just one line of diagnosis, and return that line."""
-    assert (script.ends(), script.output()) == (1, [])
-    (line,) = script.output("stderr")
-    assert line.startswith(" [!] ")
-    assert "s3cret" not in line
-    return line
-
-
 def assert_both_refuse(shells, url: str, why: str) -> None:
-    for script in [shells.start("new_task.py", url=url), shells.start("worker.py", url=url)]:
-        assert why in assert_refused(script)
+    for script in shells.both(url):
+        line = refused(script)
+        assert why in line
+        assert "s3cret" not in line
 
 
 # The command line
@@ -70,13 +56,6 @@ def test_help_is_what_the_file_opens_with(offline, module, option):
     assert script.output() == module.__doc__.strip().splitlines()
 
 
-@pytest.mark.parametrize(
-    ("words", "task"), [(("--", "-x", "--"), "'-x --'"), (("a", "-x", "-"), "'a -x -'"), (("--", "-"), "'-'")]
-)
-def test_words_may_begin_with_a_dash(broker, shells, words, task):
-    assert shells.new_task(*words).output() == [f" [x] Sent {task}"]
-
-
 # AMQP_URL
 
 
@@ -96,8 +75,15 @@ def test_words_may_begin_with_a_dash(broker, shells, words, task):
         f"amqp://{LOGIN}@127.0.0.1:1;s3cret",
     ],
 )
-def test_a_malformed_url_is_refused(offline, url):
-    assert_both_refuse(offline, url, "AMQP_URL is not a valid AMQP URL")
+def test_a_malformed_url_is_refused(monkeypatch, url):
+    monkeypatch.setenv("AMQP_URL", url)
+    with pytest.raises(address.Refused, match="AMQP_URL is not a valid AMQP URL") as refusal:
+        address.nodes("test")
+    assert "s3cret" not in str(refusal.value)
+
+
+def test_both_scripts_tell_of_a_malformed_url_in_one_line(offline):
+    assert_both_refuse(offline, f"amqp://{LOGIN}/@127.0.0.1", "AMQP_URL is not a valid AMQP URL")
 
 
 def test_a_wrong_password_is_refused(node, offline):
@@ -110,100 +96,76 @@ def test_an_unknown_virtual_host_is_refused(node, offline):
     assert_both_refuse(offline, url, f"RabbitMQ at 127.0.0.1:{node.port} has no virtual host 'nowhere'")
 
 
-UNKNOWN_HOST = f"amqp://{LOGIN}@no-such-host.invalid"
-
-
-def test_new_task_does_not_wait_for_an_unknown_host(offline):
-    line = assert_refused(offline.start("new_task.py", url=UNKNOWN_HOST))
-    assert "can't reach RabbitMQ at no-such-host.invalid:5672" in line
-
-
-def test_a_worker_waits_for_an_unknown_host(offline):
-    worker = offline.start("worker.py", url=UNKNOWN_HOST)
-    worker.wait_for(" [!] can't reach RabbitMQ at no-such-host.invalid:5672")
-    assert worker.running
-    worker.ctrl_c()
-    assert (worker.ends(), worker.output()) == (0, [])
-    assert worker.output("stderr")[1:] == [" [!] Stopped by Ctrl+C."]
-    assert "s3cret" not in str(worker)
+@pytest.mark.parametrize(
+    ("where", "why"), [("127.0.0.1:1", " (Connection refused)"), ("no-such-host.invalid:5672", "")]
+)
+def test_a_worker_waits_where_there_is_no_rabbitmq_and_new_task_does_not(offline, where, why):
+    sender, waiting = offline.both(f"amqp://{LOGIN}@{where}")
+    assert sender.ends(within=5) == 1
+    assert refused(sender).startswith(f" [!] Not sent: can't reach RabbitMQ at {where}{why}")
+    waiting.wait_for(f" [!] can't reach RabbitMQ at {where}{why}")
+    assert waiting.running
+    waiting.ctrl_c()
+    assert (waiting.ends(), waiting.output()) == (0, [])
+    assert waiting.output("stderr")[1:] == [" [!] Stopped by Ctrl+C."]
+    assert "s3cret" not in f"{sender}{waiting}"
 
 
 # Tasks from the standard input
 
 
-def type_in(shells, lines: bytes) -> Script:
-    """Run `new_task.py -` with these lines to its end."""
-    script = shells.start("new_task.py", "-", stdin=subprocess.PIPE)
-    script.process.stdin.write(lines)
-    script.process.stdin.close()
-    script.ends()
-    return script
+def assert_sent(producer: Script, number: int) -> None:
+    producer.process.stdin.close()
+    producer.ends()
+    assert (producer.output(), producer.output("stderr")) == ([f" [x] Sent {number} tasks"], [])
+    assert producer.process.returncode == 0
 
 
-def assert_sent(script: Script, number: int) -> None:
-    assert (script.output(), script.output("stderr")) == ([f" [x] Sent {number} tasks"], [])
-    assert script.process.returncode == 0
+ALL_BYTES = bytes({*range(256)} - {ord("\n")})
 
 
-def tasks_in(broker) -> list[bytes]:
-    """Take all tasks out of the queue, and return them in its order."""
-    with broker.connect() as connection:
-        channel = connection.channel()
-        number = channel.queue_declare(QUEUE, passive=True).method.message_count
-        deliveries = channel.consume(QUEUE, auto_ack=True)
-        return [next(deliveries)[2] for _ in range(number)]
+@pytest.mark.parametrize(
+    ("typed", "tasks"),
+    [
+        (b"First message.\nSecond message..\n", [b"First message.", b"Second message.."]),
+        (b"\n\nFirst\n\n\n Second\n\n", [b"First", b" Second"]),
+        (b"First\nthe last line without newline", [b"First", b"the last line without newline"]),
+        (ALL_BYTES + "\nGrüße ☕\n\r\n \n\0\n-".encode(), [ALL_BYTES, "Grüße ☕".encode(), b"\r", b" ", b"\0", b"-"]),
+        (b"", []),
+    ],
+    ids=["lines", "empty lines", "no newline", "any bytes", "no lines"],
+)
+def test_each_line_of_the_standard_input_is_a_task(broker, shells, typed, tasks):
+    producer = shells.feed()
+    producer.process.stdin.write(typed)
+    assert_sent(producer, len(tasks))
+    assert broker.tasks(len(tasks)) == tasks
 
 
-def test_each_line_of_the_standard_input_is_a_task(broker, shells):
-    assert_sent(type_in(shells, b"First message.\nSecond message..\nThird message...\n"), 3)
-    assert tasks_in(broker) == [b"First message.", b"Second message..", b"Third message..."]
+def test_a_line_is_sent_as_soon_as_it_comes_and_the_connection_is_kept_meanwhile(broker, shells, proxy):
+    producer = shells.feed(url=f"{proxy.url}?heartbeat=1")
+    os.write(producer.process.stdin.fileno(), b"First\nSec")
+    broker.wait_for_ready(1)
+    idle_until = time.monotonic() + 4  # RabbitMQ drops a connection that is silent for three heartbeats
+    wait_until(lambda: time.monotonic() > idle_until, "it had time to be dropped")
+    say(producer, "ond")
+    broker.wait_for_ready(2)
+    assert proxy.accepted == 1
+    assert_sent(producer, 2)
+    assert broker.tasks(2) == [b"First", b"Second"]
 
 
-def test_empty_lines_are_no_tasks(broker, shells):
-    assert_sent(type_in(shells, b"\n\nFirst\n\n\n Second\n\n"), 2)
-    assert tasks_in(broker) == [b"First", b" Second"]
+def test_a_line_without_end_is_refused(broker, shells, tmp_path):
+    endless = tmp_path / "endless"
+    with endless.open("wb") as file:
+        file.write(b"one\n")
+        file.truncate(200 * 1024 * 1024)
+    with endless.open("rb") as file:
+        line = refused(shells.new_task("-", stdin=file, within=60))
+    assert "a line is longer than 128 MiB" in line
+    assert "The first 1 lines are confirmed" in line
 
 
-def test_the_last_line_needs_no_newline(broker, shells):
-    assert_sent(type_in(shells, b"First\nSecond"), 2)
-    assert tasks_in(broker) == [b"First", b"Second"]
-
-
-def test_bytes_are_passed_on_as_they_are(broker, shells):
-    lines = [bytes({*range(256)} - {ord("\n")}), "Grüße ☕".encode(), b"\r", b" ", b"\0", b"-"]
-    assert_sent(type_in(shells, b"\n".join(lines)), len(lines))
-    assert tasks_in(broker) == lines
-
-
-def test_no_lines_are_no_tasks(broker, shells):
-    assert_sent(type_in(shells, b""), 0)
-    assert broker.ready() == 0
-
-
-def test_thousands_of_lines_from_a_file_arrive_in_order(broker, shells, tmp_path):
-    lines = [b"Task number %d." % number for number in range(10_000)]
-    jobs = tmp_path / "jobs.txt"
-    jobs.write_bytes(b"\n".join(lines))
-    with jobs.open("rb") as file:
-        sender = shells.new_task("-", stdin=file)
-    assert_sent(sender, len(lines))
-    assert tasks_in(broker) == lines
-
-
-def test_a_line_is_sent_as_soon_as_it_comes(broker, shells):
-    sender = shells.start("new_task.py", "-", stdin=subprocess.PIPE)
-    os.write(sender.process.stdin.fileno(), b"First\nSec")
-    broker.wait_until(lambda: broker.ready() == 1, "the first line is sent")
-    os.write(sender.process.stdin.fileno(), b"ond\n")
-    broker.wait_until(lambda: broker.ready() == 2, "the second line is sent")
-    sender.process.stdin.close()
-    sender.ends()
-    assert_sent(sender, 2)
-
-
-def test_ctrl_c_amid_the_lines_is_not_reported_as_sent(broker, shells):
-    sender = shells.start("new_task.py", "-", stdin=subprocess.PIPE)
-    os.write(sender.process.stdin.fileno(), b"First\n")
-    broker.wait_until(lambda: broker.ready() == 1, "the first line is sent")
-    sender.ctrl_c()
-    assert assert_refused(sender).startswith(" [!] Not sent: interrupted")
+def test_a_standard_input_that_cannot_be_read_is_refused(broker, shells):
+    producer = shells.shell(f"exec {sys.executable} new_task.py - 0> /dev/null")
+    assert "can't read standard input (Bad file descriptor)" in refused(producer)

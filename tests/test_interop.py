@@ -7,7 +7,8 @@ import subprocess
 import textwrap
 
 import pytest
-from conftest import ROOT
+from conftest import DONE, ROOT
+from processes import wait_until
 
 from task_queue import QUEUE
 
@@ -54,9 +55,7 @@ def tutorial(request, broker, tmp_path):
     """The tutorial, with its queue in place: the current edition, and an older one that was here before us."""
     if request.param == "quorum":
         return Tutorial(tmp_path, {"x-queue-type": "quorum"})
-    with broker.connect() as connection:
-        connection.channel().queue_delete(QUEUE)
-        connection.channel().queue_declare(QUEUE, durable=True)
+    broker.declare_anew(durable=True)
     assert f"{QUEUE}\tclassic" in broker.node.ctl("list_queues", "name", "type").splitlines()
     return Tutorial(tmp_path, {})
 
@@ -65,31 +64,24 @@ def test_a_task_from_another_sender_is_done_by_our_worker(tutorial, broker, shel
     worker = shells.worker()
     sender = shells.start(str(tutorial.new_task), "First", "message.")
     assert sender.ends() == 0, str(sender)
-    worker.wait_for("[x] Done")
-    assert worker.output()[1:] == [" [x] Received 'First message.'", " [x] Done"]
+    worker.wait_for(DONE)
+    assert worker.output()[1:] == [" [x] Received 'First message.'", DONE]
     if shutil.which("amqp-publish"):  # of the package amqp-tools: how shell scripts send
         command = ["amqp-publish", "--url", broker.url, "--persistent", "--routing-key", QUEUE, "--body", "Second."]
         subprocess.run(command, check=True, timeout=30)
-        worker.wait_for("[x] Done", times=2)
+        worker.wait_for(DONE, times=2)
         assert worker.output()[3] == " [x] Received 'Second.'"
     assert worker.output("stderr") == []
 
 
-def test_our_task_is_done_by_the_tutorials_worker(tutorial, shells):
-    worker = shells.start(str(tutorial.worker))
-    worker.wait_for("[*] Waiting")
-    shells.send("First message.")
-    worker.wait_for("[x] Received First message.")
-
-
-def test_our_worker_and_the_tutorials_share_the_tasks(tutorial, broker, shells):
+def test_our_worker_and_the_tutorials_share_our_tasks(tutorial, broker, shells):
     ours, theirs = shells.worker(), shells.start(str(tutorial.worker))
     theirs.wait_for("[*] Waiting")
     shells.send("one.", "two.", "three.", "four.")
     ours.wait_for("[x] Received")
     theirs.wait_for("[x] Received")
-    broker.wait_until(lambda: f"{ours}{theirs}".count("[x] Received") == 4, "all four are taken")
-    ours.wait_for("[x] Done", times=f"{ours}".count("[x] Received"))
+    wait_until(lambda: f"{ours}{theirs}".count("[x] Received") == 4, "all four are taken")
+    ours.wait_for(DONE, times=f"{ours}".count("[x] Received"))
 
 
 def test_a_classic_declaration_fits_where_quorum_queues_are_the_default(broker, shells, tmp_path):
