@@ -20,9 +20,6 @@ BACK_AT_WORK_SECONDS = 15
 # A frozen node keeps its connections open: only missing heartbeats tell. The default of 20 s would make a long test.
 HEARTBEAT_SECONDS = 2
 
-# The nodes miss one another after 8 s, and not after a minute.
-IMPATIENT = "[{kernel, [{net_ticktime, 8}]}]."
-
 
 class Cluster(Broker):
     """Three nodes on loopback, and what a test asks them. The first is asked, unless it is down."""
@@ -74,7 +71,7 @@ class Cluster(Broker):
 @pytest.fixture(scope="module")
 def grown_cluster(tmp_path_factory):
     """A cluster that was one node when task_queue was declared, so that the queue is on that node only."""
-    nodes = cluster_nodes(tmp_path_factory.mktemp("cluster"), advanced=IMPATIENT)
+    nodes = cluster_nodes(tmp_path_factory.mktemp("cluster"))
     cluster = Cluster(nodes)
     try:
         nodes[0].start()
