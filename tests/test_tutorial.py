@@ -15,13 +15,11 @@ from task_queue import QUEUE
 OUR_DECLARATION = f'{QUEUE}\ttrue\t[{{"x-queue-type","quorum"}}]'
 
 
-def idle_workers(broker, shells, number: int) -> list[Script]:
-    """Start workers; RabbitMQ knows them in the order of the list when this returns."""
-    workers = []
-    while len(workers) < number:
-        workers.append(shells.worker())
-        wait_until(lambda: broker.consumers() == len(workers), "RabbitMQ knows the worker")
-    return workers
+def worker_number(number: int, broker, shells, *arguments: str) -> Script:
+    """Start a worker, and return it when RabbitMQ knows so many."""
+    worker = shells.worker(*arguments)
+    wait_until(lambda: broker.consumers() == number, f"RabbitMQ knows {number} workers")
+    return worker
 
 
 def held_tasks(broker) -> int:
@@ -131,14 +129,14 @@ def test_a_task_is_persistent_and_says_what_it_is(broker, shells):
 
 
 def test_tasks_go_round_robin_to_two_workers(broker, shells):
-    one, two = idle_workers(broker, shells, 2)
+    one, two = (worker_number(number, broker, shells) for number in (1, 2))
     shells.send("First message.", "Second message..", "Third message...", "Fourth message....")
     assert_did(one, "'First message.'", "'Third message...'")
     assert_did(two, "'Second message..'", "'Fourth message....'")
 
 
 def test_a_busy_worker_holds_one_task_and_the_free_one_takes_the_others(broker, shells):
-    (busy,) = idle_workers(broker, shells, 1)
+    busy = shells.worker()
     shells.send("Heavy" + FOREVER, "Light 1", "Light 2", "Light 3")
     busy.wait_for("Received")
     assert (held_tasks(broker), broker.ready()) == (1, 3)
@@ -151,11 +149,9 @@ def test_a_busy_worker_holds_one_task_and_the_free_one_takes_the_others(broker, 
 
 def redelivery(broker, shells, end, *arguments: str) -> Script:
     """End a worker mid-task by end(worker): an idle one gets the task within a second. Return the one that ended."""
-    ended = shells.worker(*arguments)
+    ended, idle = worker_number(1, broker, shells, *arguments), worker_number(2, broker, shells)
     shells.send("Long task..")
     ended.wait_for("Received")
-    idle = shells.worker()
-    wait_until(lambda: broker.consumers() == 2, "RabbitMQ knows the other worker")
     end(ended)
     at = time.monotonic()
     assert idle.wait_for("Received").at - at < 1
