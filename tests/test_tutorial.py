@@ -66,6 +66,7 @@ def declaration(broker) -> str:
     [
         ([], "'Hello World!'"),
         ([""], "'Hello World!'"),
+        (["", ""], "'Hello World!'"),
         (["--"], "'Hello World!'"),
         (["--", ""], "'Hello World!'"),
         (["A", "very hard", "task"], "'A very hard task'"),
