@@ -237,7 +237,8 @@ def test_a_node_that_freezes_is_given_up_and_taken_back(cluster, load, leads):
         assert all("Lost RabbitMQ" in str(worker) for worker in orphans)
         assert not any(is_connected(worker, frozen) for worker in load.workers)
         if leads:
-            assert cluster.leader(asked=cluster.others(frozen)[0]) in cluster.others(frozen)
+            rest = cluster.others(frozen)
+            wait_until(lambda: cluster.leader(asked=rest[0]) in rest, "another node leads the queue", within=60)
     finally:
         frozen.thaw()
     cluster.wait_until_whole()
