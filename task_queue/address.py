@@ -128,7 +128,8 @@ def describe(error: BaseException) -> str:
         return error.strerror
     if len(error.args) == 2 and isinstance(error.args[0], int):  # closed by RabbitMQ: reply code and text
         return f"{error.args[1]} ({error.args[0]})"
-    return str(error) or type(error).__name__
+    # pika's own prose about the state of its connection helps nobody.
+    return "it ended the connection at once" if "prev_state" in str(error) else str(error) or type(error).__name__
 
 
 def _cause(error: BaseException) -> BaseException:

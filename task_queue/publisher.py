@@ -219,7 +219,8 @@ class Channel:
         if self._connection and not self._size:
             self._waited, self._told = 0, set()
         if self._waited > GIVE_UP_SECONDS:
-            why = self._problem or "RabbitMQ confirms nothing, as the queue has no leader. Are most of its nodes up?"
+            cure = f"rabbitmqctl delete_queue {self._queue} deletes a queue that can't come back."
+            why = self._problem or f"RabbitMQ confirms nothing. In a cluster, are most of its nodes up? {cure}"
             raise self._not_confirmed(f"gave up after {GIVE_UP_SECONDS} s: {why}")
 
     def _drop(self) -> None:
