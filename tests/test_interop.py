@@ -1,4 +1,4 @@
-"""Workers and senders of mixed kinds on one queue: whoever declares it as RabbitMQ's tutorials do works with ours."""
+"""Workers and senders of mixed kinds on one queue: what declares it as RabbitMQ's tutorials do works with ours."""
 
 import re
 import shlex
