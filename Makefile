@@ -34,9 +34,10 @@ recording: .venv/run ### make docs/recording.svg from a real run
 	@.venv/bin/python tools/rabbitmq.py programs
 	@.venv/bin/python tools/recording.py $(ARGS)
 
-lint: .venv/dev ### check style and formatting
+lint: .venv/dev ### check style, formatting and types
 	@.venv/bin/python -m ruff check --quiet .
 	@.venv/bin/python -m ruff format --quiet --check .
+	@.venv/bin/python -m mypy --no-error-summary
 
 dead-letters: .venv/run ## list the tasks that failed too often
 	@.venv/bin/python -m task_queue.dead_letters list
@@ -59,7 +60,7 @@ stop: ## stop the RabbitMQ that was started here
 clean: ## stop it, and delete it with its data and .venv
 	@$(PYTHON) tools/rabbitmq.py stop
 	@docker compose -p task-queue-demo down --volumes >/dev/null 2>&1 || true
-	@rm -rf .venv .rabbitmq .pytest_cache .ruff_cache __pycache__ */__pycache__
+	@rm -rf .venv .rabbitmq .pytest_cache .ruff_cache .mypy_cache __pycache__ */__pycache__
 
 # What is installed in .venv, as files that are as old as the installation.
 

@@ -53,7 +53,7 @@ def main() -> int:
     except (NotConfirmed, KeyboardInterrupt) as problem:
         console.warn(f"Not sent: {str(problem) or 'interrupted.'}", after_ctrl_c=isinstance(problem, KeyboardInterrupt))
         return 1
-    print(f" [x] Sent {number} tasks" if lines else f" [x] Sent {console.shown(task)}")
+    console.say(f" [x] Sent {number} tasks" if lines else f" [x] Sent {console.shown(task)}")
     return 0
 
 

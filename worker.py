@@ -11,7 +11,7 @@ import sys
 import time
 
 from task_queue import QUEUE, QUORUM
-from task_queue.console import shown
+from task_queue.console import say, shown  # say() is a print() that no closed pipe and no full disk stops
 from task_queue.consumer import TaskFailed, keep_working
 
 
@@ -30,16 +30,16 @@ def do_tasks(channel) -> None:
     channel.queue_declare(queue=QUEUE, durable=True, arguments=QUORUM)
     # One task at a time: a worker that is busy leaves the other tasks to those that are free.
     channel.basic_qos(prefetch_count=1)
-    print(" [*] Waiting for messages. To exit press CTRL+C")
+    say(" [*] Waiting for messages. To exit press CTRL+C")
     for method, properties, task in channel.consume(QUEUE):
-        print(f" [x] Received {shown(task)}" + " (redelivered)" * method.redelivered)
+        say(f" [x] Received {shown(task)}" + " (redelivered)" * method.redelivered)
         try:
             with channel.heartbeats():  # without them RabbitMQ takes us for dead
                 work(task)
         except TaskFailed as failure:
             channel.requeue_or_set_aside(method, properties, task, failure)
         else:
-            print(" [x] Done")
+            say(" [x] Done")
             # Not before the work is done: until then RabbitMQ keeps the task for another worker.
             channel.basic_ack(method.delivery_tag)
 

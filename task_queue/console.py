@@ -1,6 +1,5 @@
-"""The command line, how a task is shown, and output that never fails. Nothing here needs pika or RabbitMQ."""
+"""The command line, how a task is shown, and lines that never fail. Nothing here needs pika or RabbitMQ."""
 
-import io
 import os
 import stat
 import sys
@@ -10,6 +9,8 @@ from typing import Any
 
 # How much of a task is shown, in characters (or bytes, if it is no text); how often the line of progress is drawn.
 SHOWN, PROGRESS_SECONDS = 500, 0.5
+# What a terminal or a file takes; the rest is escaped. None: the shell closed it.
+ENCODING = sys.stdout.encoding if sys.stdout else "utf-8"
 
 
 def arguments(usage: str, fit: Callable[[list[str]], bool]) -> list[str]:
@@ -17,13 +18,16 @@ def arguments(usage: str, fit: Callable[[list[str]], bool]) -> list[str]:
 
     usage: what --help prints. Its first line is all that a wrong command line gets.
     """
-    tidy_output()
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # the shell closed one of the first three, and a connection must not get its number
+    os.close(spare)
+    sys.stdin = sys.stdin or os.fdopen(0)
     words = sys.argv[1:]
     if words in (["-h"], ["--help"]):
-        print(usage.strip())
+        say(usage.strip())
         sys.exit(0)
     if not fit(words):
-        print(usage.partition("\n")[0], file=sys.stderr)
+        say(usage.partition("\n")[0], to=2)
         sys.exit(2)
     return words
 
@@ -42,11 +46,23 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def say(line: str, end: str = "\n", to: int = 1) -> None:
+    """Print a line at once, also into a pipe, and never fail: no task is lost because a line is.
+
+    to: 1 for standard output, 2 for standard error, whatever work() has done to sys.stdout.
+    """
+    try:
+        os.write(to, (line + end).encode(ENCODING, "backslashreplace"))
+    except OSError as error:  # a reader that is gone (`| head`), or a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), to)
+        if to == 1:
+            warn(f"can't write to standard output ({error.strerror}); going on without.")
+
+
 def warn(message: str, after_ctrl_c: bool = False) -> None:
     """Print one line of diagnosis. After Ctrl+C on a line of its own, as a terminal shows ^C there."""
-    if after_ctrl_c and sys.stderr.isatty():
-        print(file=sys.stderr)
-    print(f" [!] {printable(message)}", file=sys.stderr, flush=True)
+    start = "\n" if after_ctrl_c and os.isatty(2) else ""
+    say(f"{start} [!] {printable(message)}", to=2)
 
 
 class Progress:
@@ -54,7 +70,7 @@ class Progress:
 
     def __init__(self, tasks: Any):
         self.of_lines = hasattr(tasks, "fileno")
-        self._file = tasks.fileno() if self.of_lines and sys.stderr.isatty() else None
+        self._file = tasks.fileno() if self.of_lines and os.isatty(2) else None
         self._began = self._drawn_at = time.monotonic()
 
     def show(self, sent: int, confirmed: int) -> None:
@@ -68,48 +84,9 @@ class Progress:
         if stat.S_ISREG(status.st_mode) and (read := os.lseek(self._file, 0, os.SEEK_CUR)):
             line += f", {max(0, status.st_size / read - 1) * seconds:.0f} s left"
         # Erased to its right, and the cursor back at its left: what is printed next takes its place.
-        print(f"{line}\x1b[K", end="\r", file=sys.stderr, flush=True)
+        say(f"{line}\x1b[K", end="\r", to=2)
 
     def end(self) -> None:
         """Erase the line."""
         if self._drawn_at > self._began:
-            print("\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-class _Output(io.TextIOWrapper):
-    """Standard output or error that goes silent, with one line on the other, when nobody takes it any more."""
-
-    def write(self, text: str) -> int:
-        try:
-            return super().write(text)
-        except OSError as error:  # a reader that is gone (`| head`), or a full disk
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            if self is sys.stdout:
-                warn(f"can't write to standard output ({error.strerror}); going on without.")
-        except ValueError:  # work() has taken it apart
-            pass
-        return len(text)
-
-    def close(self) -> None:
-        """Stay open, if work() closes it: the worker's own lines are still to come."""
-
-    def detach(self) -> Any:
-        """Stay whole."""
-        return self.buffer
-
-
-_ours: list[_Output] = []
-
-
-def tidy_output() -> None:
-    """Print line by line also into a pipe, and never fail: a task must not be lost because a line is."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    sys.stdin = sys.stdin or os.fdopen(nowhere)  # None: the shell closed it
-    for stream in (sys.stdout or os.fdopen(nowhere, "w"), sys.stderr or os.fdopen(nowhere, "w")):
-        _ours.append(_Output(stream.detach(), stream.encoding, "backslashreplace", line_buffering=True))
-    restore_output()
-
-
-def restore_output() -> None:
-    """Undo what work() may have done to standard output and error."""
-    sys.stdout, sys.stderr = _ours[-2:]
+            say("\x1b[K", end="", to=2)

@@ -5,9 +5,11 @@ threads can share (it is on its main branch), that goes where heartbeats() and _
 """
 
 import contextlib
+import io
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +21,13 @@ from task_queue.address import PIKAS_ERRORS, Lost, Refused, Unreachable, close_s
 # Seconds between two attempts to connect, from the first to the last, shortened at random: many workers must not come
 # back in the same moment. After a connection that lasted for GOOD seconds the pause is the first again.
 FIRST_PAUSE, LAST_PAUSE, GOOD = 0.5, 3, 30
-# How often the connection is looked after during work, and how often we look for a signal while we don't work.
-TICK_SECONDS = 0.2
-# How long a worker that is told to stop waits for RabbitMQ to take its task back, before it just goes.
-GOODBYE_SECONDS = 5
-# How long before another attempt to set aside a task that could not be.
+# How often the connection is looked after during work; and how long a worker that is told to stop waits for RabbitMQ to
+# take its task back, before it just goes.
+TICK_SECONDS, GOODBYE_SECONDS = 0.2, 5
+# A task that can't be set aside is held, and tried again when there was nothing else to do for so long.
 HOLD_SECONDS = 60
+# The signals that end a worker, as the user knows them.
+SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl+C", signal.SIGTERM: "SIGTERM"}
 # Up to RabbitMQ 4.2 it closes the channel, from 4.3 on it only cancels the consumer.
 TOO_LONG = (
     "RabbitMQ took the task back, as it does when one takes longer than consumer_timeout (30 minutes, unless "
@@ -52,15 +55,14 @@ class Channel:
         self._counts = False  # whether the queue counts deliveries
         self._in_hand = False  # whether there is a task that is not acknowledged
         self._held: dict[int, tuple[Any, ...]] = {}  # and others, that could not be set aside, by delivery tag
-        self._retry_at = 0.0  # when to try that again
-        self._told = False  # whether it was told why the connection ended
+        self._told = ""  # why the connection ended, if the user knows that
         self._pika = threading.RLock()  # pika must not be used by two threads at once
         self._pika.acquire()  # the main thread has it, except in heartbeats()
         self._signal = 0  # the first one that came
         self._waits = {signal.SIGTERM} if graceful else set()  # the signals that don't interrupt the work
         self._working = self._waiting = False  # whether we do a task, or wait for one: only then a signal ends that
         self._pid = os.getpid()
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in SIGNALS:
             signal.signal(signum, self._on_signal)
         os.register_at_fork(after_in_child=self._in_a_child)
         threading.Thread(target=self._look_after, daemon=True).start()
@@ -82,55 +84,57 @@ class Channel:
 
     def consume(self, queue: str) -> Iterator[tuple[Any, Any, bytes]]:
         """Yield (method, properties, body) as pika's does; but what has killed ten workers is set aside."""
-        worked, held = False, 0
-        deliveries = self._channel.consume(queue)
+        deliveries, held, done_at = self._channel.consume(queue), 0, 0.0
         while True:
-            self._stop_if_told()
-            self._waiting = True
-            with lost_rabbitmq():
-                delivery = next(deliveries, None)
-            self._waiting = False
-            if not delivery:  # RabbitMQ has ended our consumer, and nothing else
-                return console.warn(TOO_LONG if worked else f"The queue {queue!r} was deleted. Declaring it again.")
-            worked = self._in_hand = delivery[0] is not None
-            if worked:
-                tries = self._earlier_deliveries(*delivery[:2])
-                if tries < dead_letters.MAX_DELIVERIES:
-                    yield delivery
-                else:
-                    self._set_aside(*delivery, tries, "its workers died or were stopped")
-                self._in_hand = False
-            if self._held and time.monotonic() > self._retry_at:
-                for letter in list(self._held.values()):
-                    self._set_aside(*letter)
             if len(self._held) != held:  # so that there is one task besides those that are held
                 held = len(self._held)
                 with lost_rabbitmq():
                     self._channel.cancel()
                     self._channel.basic_qos(prefetch_count=1 + held)
-                    deliveries = self._channel.consume(queue, inactivity_timeout=HOLD_SECONDS if held else None)
+                    deliveries = self._channel.consume(queue, inactivity_timeout=HOLD_SECONDS)
+            self._waiting = True
+            self._stop_if_told()
+            with lost_rabbitmq():
+                delivery = next(deliveries, None)
+            self._waiting = False
+            self._stop_if_told()
+            if not delivery:  # RabbitMQ has ended our consumer, and nothing else
+                just_now = time.monotonic() < done_at + TICK_SECONDS
+                return console.warn(TOO_LONG if just_now else f"The queue {queue!r} was deleted. Declaring it again.")
+            method, properties, task = delivery
+            if not method:  # nothing has come for HOLD_SECONDS
+                for letter in list(self._held.values()):
+                    self._set_aside(*letter)
+                continue
+            self._in_hand = True
+            tries = self._earlier_deliveries(method, properties)
+            if tries < dead_letters.MAX_DELIVERIES:
+                yield delivery
+            else:
+                self._set_aside(method, properties, task, tries, "its workers died or were stopped")
+            self._in_hand, done_at = False, time.monotonic()
 
-    def heartbeats(self) -> "Channel":
+    @contextlib.contextmanager
+    def heartbeats(self) -> Iterator[None]:
         """In a `with` block of this RabbitMQ hears from us. What the block raises, but for Stop, becomes TaskFailed.
 
         A process that the block forks ends with it.
         """
-        return self
-
-    def __enter__(self) -> None:
         self._working = True
         if self._signal not in self._waits:
             self._stop_if_told()
         self._pika.release()
-
-    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
-        self._working = False
-        if os.getpid() != self._pid:
-            os._exit(0)  # and touch nothing: the task and the connection are the parent's
-        self._pika.acquire()
-        console.restore_output()
-        if error and not isinstance(error, Stop):
+        try:
+            yield
+        except Stop:
+            raise
+        except BaseException as error:
             raise TaskFailed(dead_letters.reason(error)) from error
+        finally:
+            self._working = False
+            if os.getpid() != self._pid:
+                os._exit(0)  # and touch nothing: the task and the connection are the parent's
+            self._pika.acquire()
 
     @lost_rabbitmq()
     def requeue_or_set_aside(self, method: Any, properties: Any, task: bytes, failure: TaskFailed) -> None:
@@ -154,21 +158,21 @@ class Channel:
             with self.heartbeats():
                 dead_letters.set_aside(task, properties, tries, why)
         except TaskFailed as failure:
-            self._retry_at = time.monotonic() + HOLD_SECONDS
             if method.delivery_tag not in self._held:
                 console.warn(f"Can't set aside {console.shown(task)}: {failure.__cause__} Holding it until I can.")
             self._held[method.delivery_tag] = (method, properties, task, tries, why)
-            return
-        # Only now that RabbitMQ has confirmed the copy: a crash in between leaves two, never none.
-        self.basic_ack(method.delivery_tag)
-        self._held.pop(method.delivery_tag, None)
-        console.warn(f"Set aside {console.shown(task)} in {DEAD_LETTERS} after {tries} deliveries: {why}")
+        else:
+            # Only now that RabbitMQ has confirmed the copy: a crash in between leaves two, never none.
+            self.basic_ack(method.delivery_tag)
+            self._held.pop(method.delivery_tag, None)
+            console.warn(f"Set aside {console.shown(task)} in {DEAD_LETTERS} after {tries} deliveries: {why}")
 
     def run(self, do_tasks: Callable[["Channel"], None]) -> None:
         """Call do_tasks(self) on one connection after the other. Stop; or Refused, if waiting doesn't help."""
         pause, known = FIRST_PAUSE, set[str]()
         while True:
-            began, self._in_hand, self._held, self._told = time.monotonic(), False, {}, False
+            began = time.monotonic()
+            self._in_hand, self._held, self._told = False, {}, ""
             try:
                 self._connection = connect("worker.py")
                 do_tasks(self)
@@ -189,16 +193,17 @@ class Channel:
 
     def hand_back(self) -> None:
         """Give the tasks in hand back to RabbitMQ, which gives them to other workers; and say goodbye."""
-        in_hand = self._in_hand or self._held
         self._working = self._waiting = False
         self._pika.acquire()  # a signal may have come before we had it back
-        if in_hand:
+        what = ""
+        if self._in_hand or self._held:
+            what = " The task in hand goes back to the queue."
             with contextlib.suppress(*PIKAS_ERRORS):
                 self._channel.cancel()  # first: or RabbitMQ gives them to us again
                 # A nack, not a reject: since RabbitMQ 4.3 it doesn't count as a failure of the task.
                 self._channel.basic_nack(0, multiple=True, requeue=True)
         self._close()
-        self._say_goodbye(" The task in hand goes back to the queue." if in_hand else "")
+        self._say_goodbye(what)
 
     def _close(self) -> None:
         with contextlib.suppress(AttributeError, *PIKAS_ERRORS):  # there may be none
@@ -207,26 +212,22 @@ class Channel:
     def _look_after(self) -> None:
         """The second thread: answer RabbitMQ's heartbeats while the main thread works, and see to its end."""
         # Signals are for the main thread: one that this thread took would not wake it where it waits for the network.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        left = GOODBYE_SECONDS
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        left: float = GOODBYE_SECONDS
         while left > 0:
             time.sleep(TICK_SECONDS)
             if self._signal and not (self._working and self._signal in self._waits):
                 left -= TICK_SECONDS
-            if self._signal and self._waiting:
-                with contextlib.suppress(*PIKAS_ERRORS):  # it may be closing
-                    self._connection.add_callback_threadsafe(self._interrupt)
             if self._working and not self._told and self._pika.acquire(blocking=False):
                 try:
                     with lost_rabbitmq():
                         self._connection.process_data_events()
-                    problem = "" if self._channel.is_open else TOO_LONG
-                except (Lost, Refused) as lost:
-                    problem = f"{lost} This task will be done again."
+                    self._told = "" if self._channel.is_open else TOO_LONG
+                except (Lost, Refused) as problem:
+                    self._told = f"{problem} This task will be done again."
                 self._pika.release()
-                self._told = bool(problem)
-                if problem:
-                    console.warn(problem)
+                if self._told:
+                    console.warn(self._told)
         self._say_goodbye()
         os._exit(0)
 
@@ -235,28 +236,25 @@ class Channel:
             os._exit(0)  # RabbitMQ sees the connection close, and gives the task to another worker
         self._signal = signum
         if self._working and signum in self._waits:
-            with contextlib.suppress(OSError):  # not print(), which must not be used in a signal handler
-                os.write(2, b" [!] SIGTERM: will stop when this task is done, or at once on a second signal.\n")
+            console.warn("SIGTERM: will stop when this task is done, or at once on a second signal.")
         elif self._working:
             raise Stop
+        elif self._waiting:  # in pika's code, which must not be interrupted
+            with contextlib.suppress(*PIKAS_ERRORS):  # it may have lost the connection
+                self._connection.add_callback_threadsafe(self._stop_if_told)
 
     def _in_a_child(self) -> None:
         """In a process that work() forked: a signal ends it as any process, and the connection is not its."""
         close_socket(self._connection)
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
-
-    def _interrupt(self) -> None:
-        """End the wait for a task. pika calls it, between two rounds of its loop; maybe too late."""
-        if self._waiting:
-            raise Stop
 
     def _stop_if_told(self) -> None:
         if self._signal:
             raise Stop
 
     def _say_goodbye(self, what: str = "") -> None:
-        name, self._signal = {signal.SIGINT: "Ctrl+C", signal.SIGTERM: "SIGTERM"}.get(self._signal), -1
+        name, self._signal = SIGNALS.get(self._signal), -1
         if name:  # else it was said
             console.warn(f"Stopped by {name}.{what}", after_ctrl_c=name == "Ctrl+C")
 
@@ -266,7 +264,10 @@ def keep_working(do_tasks: Callable[[Channel], None], usage: str) -> int:
 
     usage: the worker's --help. With its only option, --graceful, SIGTERM waits for the task in hand; Ctrl+C never does.
     """
-    channel = Channel(graceful=bool(console.arguments(usage, lambda words: words in ([], ["--graceful"]))))
+    graceful = bool(console.arguments(usage, lambda words: words in ([], ["--graceful"])))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the shell has not closed it
+        sys.stdout.reconfigure(line_buffering=True)  # for what work() prints
+    channel = Channel(graceful)
     try:
         channel.run(do_tasks)
     except Stop:

@@ -80,7 +80,7 @@ def list_or_requeue(command: str) -> None:
         channel, _ = declaration.declare(connection, DEAD_LETTERS)
         count = channel.queue_declare(queue=DEAD_LETTERS, passive=True).method.message_count
         if not count:
-            print(" [*] No dead letters")
+            console.say(" [*] No dead letters")
         for _ in range(count):
             method, properties, task = channel.basic_get(DEAD_LETTERS)
             if not method:  # somebody else took it
@@ -92,7 +92,7 @@ def list_or_requeue(command: str) -> None:
             _send_copy(sender, queue, task, properties, {})
             channel.basic_ack(method.delivery_tag)
             shown = console.shown(task)
-            print(f" [x] Requeued {shown}" if command == "requeue" else f" [x] {shown}, {story}")
+            console.say(f" [x] Requeued {shown}" if command == "requeue" else f" [x] {shown}, {story}")
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 from pika.exceptions import ConnectionBlockedTimeout
 from pika.spec import Basic
 
-from task_queue import QUORUM, console, declaration
+from task_queue import QUEUE, QUORUM, console, declaration
 from task_queue.address import BLOCKED_SECONDS, Lost, Refused, Unreachable, close_socket, connect, lost_rabbitmq
 
 # How many bytes may be without a confirm: memory holds them. A task counts as one of SMALL bytes at least, so these are
@@ -57,23 +57,20 @@ class Channel:
 
     def __init__(self, name: str):
         """name: what RabbitMQ will call the connection."""
-        self._name, self._queue, self._confirming = name, "", False
+        self._name = name
+        self._steps: list[Callable[[], None]] = []  # what makes a connection fit for use: declaring, say
         self._connection: Any = None
         self._channel: Any = None
         self._frames: list[bytes] = []  # what is not passed on to the network
         self._messages: dict[int, _Message] = {}  # what waits for a confirm on this connection, by delivery tag
-        self._again: list[_Message] = []  # what must be sent again, on the next one
-        self._tag = self._size = 0  # the last delivery tag, and the size of all these messages
-        self._nacked, self._refusal = False, ""  # whether RabbitMQ could not store one; why it gave one back
+        self._again: list[_Message] = []  # what was not stored, or was lost: to be sent again on the next one
+        self._tag = self._size = 0  # the last delivery tag of this connection, and the size of what waits
+        self._refusal = ""  # why RabbitMQ gave a task back
         self._progress, self._position = console.Progress(None), 0  # and how many tasks of each() are handed over
         self._waited = self._looked_at = 0.0  # how long nothing was confirmed, and the time when we looked last
         self._problem, self._told = "", set[str]()  # why nothing is confirmed, and what the user knows of that
 
     def __enter__(self) -> "Channel":
-        try:
-            self._connect()
-        except (Unreachable, Refused) as problem:  # no other attempt: who runs a command wants to know at once
-            raise self._not_confirmed(str(problem)) from None
         return self
 
     def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
@@ -87,13 +84,11 @@ class Channel:
 
     def queue_declare(self, queue: str, durable: bool = True, arguments: Any = QUORUM) -> None:
         """Declare a durable quorum queue, now and on each new connection; see declaration.py."""
-        self._queue = queue
-        self._on_a_connection(self._declare)
+        self._on_each_connection(lambda: self._declare(queue))
 
     def confirm_delivery(self) -> None:
         """Let RabbitMQ confirm each task, now and on each new connection."""
-        self._confirming = True
-        self._on_a_connection(self._ask_for_confirms)
+        self._on_each_connection(self._ask_for_confirms)
 
     def each(self, tasks: Iterable[bytes] | IO[bytes]) -> Iterator[bytes]:
         """Yield each of the tasks; of a file, each line that is not empty, without its newline, as it comes.
@@ -101,7 +96,7 @@ class Channel:
         While there is nothing to read yet, the connection is looked after.
         """
         self._progress, self._position = console.Progress(tasks), 0
-        for task in self._lines(tasks.fileno()) if self._progress.of_lines else tasks:
+        for task in self._lines(tasks.fileno()) if hasattr(tasks, "fileno") else tasks:
             if task or not self._progress.of_lines:
                 yield task
             self._position += 1  # only now: what is not handed over must not look confirmed
@@ -112,15 +107,19 @@ class Channel:
         """Send a task. It is kept until it is confirmed, and sent again if need be: see wait_for_confirms()."""
         size = max(len(body), SMALL)
         if self._size + size > WINDOW or self._again or not self._connection:
-            self.wait_for_confirms(but=0 if self._again else max(0, WINDOW - ROOM - size))
-        self._size += size
+            self.wait_for_confirms(but=max(0, WINDOW - ROOM - size))
         self._publish(_Message(self._position + 1, size, (exchange, routing_key, body, properties, mandatory)))
         if self._tag % BATCH == 1 or time.monotonic() > self._looked_at + BATCH_SECONDS:
             self._on_a_connection(lambda: self._until(lambda: not self._frames))
 
     def wait_for_confirms(self, but: int = 0) -> None:
         """Return when RabbitMQ has confirmed every task, or all but so many bytes of tasks."""
-        self._on_a_connection(lambda: self._until(lambda: self._size <= but))
+        self._on_a_connection(lambda: self._until(lambda: self._size <= but and not self._again))
+
+    def _on_each_connection(self, step: Callable[[], None]) -> None:
+        """Do step() now and on each new connection."""
+        self._on_a_connection(step)
+        self._steps.append(step)
 
     def _on_a_connection(self, step: Callable[[], None]) -> None:
         """Do step(), on as many connections as it takes. NotConfirmed if there is no hope in another one."""
@@ -144,6 +143,8 @@ class Channel:
         if isinstance(problem.__cause__, ConnectionBlockedTimeout):
             raise self._not_confirmed(f"{self._problem} Free some there; rabbitmq-diagnostics alarms tells more.")
         if not isinstance(problem, Lost):
+            if not self._steps:  # at the start, who runs a command wants to know at once
+                raise self._not_confirmed(str(problem))
             self._tell(str(problem), f"Trying for up to {GIVE_UP_SECONDS} s.")
         elif self._again:
             self._tell(str(problem), "Reconnecting, to send again what is not confirmed.")
@@ -161,16 +162,14 @@ class Channel:
         """Make a connection that is as far as the one before, and send again what that left without a confirm."""
         self._connection = connect(self._name)
         self._connection._impl.add_on_connection_blocked_callback(self._on_blocked)
-        if self._queue:
-            self._declare()
-        if self._confirming:
-            self._ask_for_confirms()
+        for step in self._steps:
+            step()
         while self._again:
             self._publish(self._again[0])
             del self._again[0]  # only now: a Ctrl+C must find it in one of the two
 
-    def _declare(self) -> None:
-        channel, _ = declaration.declare(self._connection, self._queue)
+    def _declare(self, queue: str) -> None:
+        channel, _ = declaration.declare(self._connection, queue)
         self._channel = self._channel or channel  # delivery tags go on, if a program declares once more
 
     def _ask_for_confirms(self) -> None:
@@ -181,17 +180,17 @@ class Channel:
 
     def _publish(self, message: _Message) -> None:
         connection = self._connection._impl
+        # pika makes a system call for each frame, three for a task: keep them here, to be passed on joined.
+        connection._adapter_emit_data = self._frames.append
         try:
+            self._channel._impl.basic_publish(*message.arguments)
             self._tag += 1
             self._messages[self._tag] = message
-            # pika makes a system call for each frame, three for a task: keep them here, to be passed on joined.
-            connection._adapter_emit_data = self._frames.append
-            self._channel._impl.basic_publish(*message.arguments)
-            del connection._adapter_emit_data
-        except BaseException:  # Ctrl+C, or what pika can't encode: from here on delivery tags are wrong
-            self._messages.pop(self._tag, None)
+            self._size += message.size
+        except BaseException:  # Ctrl+C, or what pika can't encode: some frames, or the tag, may be missing
             self._drop()
             raise
+        del connection._adapter_emit_data
 
     def _until(self, condition: Callable[[], bool]) -> None:
         """Run pika's loop until condition() holds. Raise what ended the connection, if it did."""
@@ -214,12 +213,12 @@ class Channel:
         self._progress.show(self._position, max(0, self._position - len(self._messages) - len(self._again)))
         if self._refusal:
             raise self._not_confirmed(self._refusal)
-        if self._nacked and not self._messages:  # all others are answered
+        if self._tag and self._again and not self._messages:  # a nack, and all others are answered
             raise Unreachable("RabbitMQ could not store a task, as its queue is full or has no leader.")
-        if self._connection and not self._size:
+        if self._connection and not self._messages and not self._again:
             self._waited, self._told = 0, set()
         if self._waited > GIVE_UP_SECONDS:
-            cure = f"rabbitmqctl delete_queue {self._queue} deletes a queue that can't come back."
+            cure = f"rabbitmqctl delete_queue {QUEUE} deletes a queue that can't come back."
             why = self._problem or f"RabbitMQ confirms nothing. In a cluster, are most of its nodes up? {cure}"
             raise self._not_confirmed(f"gave up after {GIVE_UP_SECONDS} s: {why}")
 
@@ -227,8 +226,7 @@ class Channel:
         """Let go of the connection, whatever state it is in. What it has not confirmed must be sent again."""
         connection, self._connection, self._channel = self._connection, None, None
         self._again[:0] = self._messages.values()
-        self._messages, self._frames, self._tag, self._nacked, self._refusal = {}, [], 0, False, ""
-        self._size = sum(message.size for message in self._again)
+        self._messages, self._frames, self._tag, self._size, self._refusal = {}, [], 0, 0, ""
         if connection:
             close_socket(connection)
             connection._cleanup()
@@ -237,7 +235,7 @@ class Channel:
         """Give up what is not confirmed, and return what to raise."""
         self._drop()
         leading = min((message.position - 1 for message in self._again), default=self._position)
-        self._again, self._size, self._waited = [], 0, 0
+        self._again, self._waited = [], 0
         return NotConfirmed(why, leading, self._progress.of_lines)
 
     def _lines(self, file: int) -> Iterator[bytes]:
@@ -277,11 +275,9 @@ class Channel:
                 continue
             if isinstance(frame.method, Basic.Nack):
                 self._again.append(self._messages[tag])
-                self._nacked = True
             else:
-                self._size -= self._messages[tag].size
                 self._waited, self._problem = 0, ""
-            del self._messages[tag]
+            self._size -= self._messages.pop(tag).size
 
     def _on_return(self, _channel: Any, method: Any, _properties: Any, _body: bytes) -> None:
         self._refusal = f"RabbitMQ gave a task back ({method.reply_text}). Was the queue deleted just now?"

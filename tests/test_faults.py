@@ -108,7 +108,7 @@ def test_handing_back_does_not_count_where_rabbitmq_can_tell(broker, shells):
     assert (properties.headers or {}).get("x-delivery-count", 0) == (2 if old else 0)
 
 
-def test_dead_letters_are_listed_often_and_sent_back(broker, shells, worker_with, monkeypatch, capsys):
+def test_dead_letters_are_listed_often_and_sent_back(broker, shells, worker_with, monkeypatch, capfd):
     shells.send("bad \x1b[31m")
     failing = shells.start(worker_with("raise ValueError"))
     failing.wait_for("Set aside")
@@ -117,7 +117,7 @@ def test_dead_letters_are_listed_often_and_sent_back(broker, shells, worker_with
     monkeypatch.setenv("AMQP_URL", broker.url)
     for _ in range(25):  # RabbitMQ drops what it has delivered more than 20 times
         dead_letters.list_or_requeue("list")
-        assert re.fullmatch(story, capsys.readouterr().out.strip("\n"))
+        assert re.fullmatch(story, capfd.readouterr().out.strip("\n"))
     (listed,) = shells.dead_letters("list")
     assert re.fullmatch(story, listed)
     assert shells.dead_letters("requeue") == [r" [x] Requeued 'bad \x1b[31m'"]
