@@ -107,8 +107,9 @@ def _explained(error: Any, node: pika.URLParameters) -> Unreachable | Refused:
         local = user != "guest" or node.host in ("localhost", "127.0.0.1", "::1")
         hint = "" if local else "; by default RabbitMQ lets guest in from its own machine only"
         return Refused(f"RabbitMQ at {where} refuses user {user!r}. Check user and password in AMQP_URL{hint}.")
-    # A full house ("connection limit (10) is reached") is a 530 as well, and passes.
-    if isinstance(error, ProbableAccessDeniedError) and "(530)" in text and "limit (" not in text:
+    if isinstance(error, ProbableAccessDeniedError) and "(530)" in text:
+        if "limit (" in text:  # so many connections, for now
+            return Unreachable(f"RabbitMQ at {where} has no room ({text}).")
         problem = f"RabbitMQ at {where} has no virtual host {node.virtual_host!r}, or none that user {user!r} may use."
         return Refused(f"{problem} Check what follows the port in AMQP_URL.")
     if isinstance(error, ssl.SSLCertVerificationError):
