@@ -114,27 +114,26 @@ class Channel:
                 self._set_aside(method, properties, task, tries, "its workers died or were stopped")
             self._in_hand, done_at = False, time.monotonic()
 
-    @contextlib.contextmanager
-    def heartbeats(self) -> Iterator[None]:
+    def heartbeats(self) -> "Channel":
         """In a `with` block of this RabbitMQ hears from us. What the block raises, but for Stop, becomes TaskFailed.
 
         A process that the block forks ends with it.
         """
+        return self
+
+    def __enter__(self) -> None:
         self._working = True
         if self._signal not in self._waits:
             self._stop_if_told()
         self._pika.release()
-        try:
-            yield
-        except Stop:
-            raise
-        except BaseException as error:
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
+        self._working = False
+        if os.getpid() != self._pid:
+            os._exit(0)  # and touch nothing: the task and the connection are the parent's
+        self._pika.acquire()
+        if error and not isinstance(error, Stop):
             raise TaskFailed(dead_letters.reason(error)) from error
-        finally:
-            self._working = False
-            if os.getpid() != self._pid:
-                os._exit(0)  # and touch nothing: the task and the connection are the parent's
-            self._pika.acquire()
 
     @lost_rabbitmq()
     def requeue_or_set_aside(self, method: Any, properties: Any, task: bytes, failure: TaskFailed) -> None:
