@@ -46,7 +46,9 @@ def send(tasks) -> int:
 def main() -> int:
     """Send what the command line says; return the exit status."""
     words = console.arguments(__doc__, lambda words: words in ([], ["-"]) or words[0] == "--" or words[0][:1] != "-")
-    lines, words = words == ["-"], words[words[:1] == ["--"] :]
+    lines = words == ["-"]
+    if words[:1] == ["--"]:
+        words = words[1:]
     task = os.fsencode(" ".join(words) if any(words) else "Hello World!")  # the very bytes that the shell passed
     try:
         number = send(sys.stdin.buffer if lines else [task])
