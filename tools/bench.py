@@ -3,8 +3,8 @@
     python tools/bench.py    in about 15 minutes; writes docs/benchmarks.md, its plot, and the table of docs/how-far.md
 
 It starts RabbitMQ nodes of its own on loopback, in a temporary folder. What is compared takes turns, in an order that
-changes from round to round, so that whatever else the machine does hits all of it. Figures are medians. A ratio, to the
-first row, is the median of the rounds' ratios, the smallest and the largest behind it.
+changes from round to round, so that whatever else the machine does hits all of it. Figures are medians. Behind each is
+its ratio to the first row: the median of the rounds' ratios, the smallest and the largest.
 """
 
 import argparse
@@ -38,6 +38,8 @@ class Queue:
 
     def __init__(self, node: Node, arguments: dict = QUORUM):
         self.url, self.keep = node.url, False  # keep: whether its tasks stay there
+        # How commands are started on it. What they print is not read, as that would cost CPU.
+        self.settings = {"env": {**os.environ, "AMQP_URL": self.url}, "cwd": ROOT, "stdout": subprocess.DEVNULL}
         self.channel = pika.BlockingConnection(pika.URLParameters(f"{self.url}?heartbeat=0")).channel()
         self.channel.queue_declare(QUEUE, durable=True, arguments=arguments)
 
@@ -51,15 +53,10 @@ class Queue:
         if not self.keep:
             self.channel.queue_purge(QUEUE)
 
-    def start(self, command: list) -> psutil.Popen:
-        """Start a command on this queue. What it prints is not read, as that would cost CPU."""
-        pipe, environment = subprocess.PIPE, {**os.environ, "AMQP_URL": self.url}
-        return psutil.Popen(command, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe, cwd=ROOT, env=environment)
-
     def run(self, command: list, count: int, task: str = "twenty bytes, no dot") -> tuple[float, float, float]:
         """Run a command, so many tasks as its input; return its seconds, those of CPU, and its megabytes in the end."""
         began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        process = self.start(command)
+        process = psutil.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, **self.settings)
         with contextlib.suppress(BrokenPipeError):  # it has failed
             process.stdin.write(f"{task}\n".encode() * count)
             process.stdin.flush()
@@ -78,7 +75,7 @@ class Queue:
     def work(self, command: list, count: int) -> dict:
         """Measure doing tasks without a dot. The worker's start doesn't count: it is stopped until all are there."""
         self.empty()
-        worker = self.start(command)
+        worker = psutil.Popen(command, stderr=subprocess.PIPE, **self.settings)
         wait_until(lambda: self.counts().consumer_count, "the worker waits for tasks")
         worker.suspend()
         self.run(SEND, count)
@@ -87,11 +84,10 @@ class Queue:
         # Not until all are done: a worker that is idle before we look would seem slow.
         wait_until(lambda: waiting - self.counts().message_count >= count * 0.9, "the worker works")
         done, wall = waiting - self.counts().message_count, time.monotonic() - began
-        cpu = sum(worker.cpu_times()[:2]) - cpu
-        memory = worker.memory_full_info().uss / 1e6
+        cpu, memory = sum(worker.cpu_times()[:2]) - cpu, worker.memory_full_info().uss
         worker.kill()
         worker.wait()
-        return {"tasks a second": done / wall, "CPU per task, µs": cpu / done * 1e6, "memory, MB": memory}
+        return {"tasks a second": done / wall, "CPU per task, µs": cpu / done * 1e6, "memory, MB": memory / 1e6}
 
 
 class Bench:
@@ -107,12 +103,13 @@ class Bench:
         """Run benchmarks; print and write what they find."""
         self.pages.mkdir(exist_ok=True)
         self.queue = self.start([Node(self.folder / "node")])
-        server = self.queue.channel.connection._impl.server_properties  # BlockingConnection has no public name for it
-        versions = f"RabbitMQ {server['version']}, Python {platform.python_version()}, pika {pika.__version__}"
-        machine = f"{os.cpu_count()} cores that everything shares, {platform.platform()}"
-        self.where = f"Measured on {time.strftime('%Y-%m-%d')}: {versions};\n{machine}."
+        rabbitmq = self.nodes[0].ctl("version").strip()
+        versions = f"RabbitMQ {rabbitmq}, Python {platform.python_version()}, pika {pika.__version__}"
+        self.where = (
+            f"Measured on {time.strftime('%Y-%m-%d')}: {versions}, {os.cpu_count()} cores that everything shares."
+        )
         _, _, how = __doc__.rpartition("\n\n")
-        sections = [f"# Benchmarks\n\nWritten by `make bench`. {self.where}\n\n{how}"]
+        sections = [f"# Benchmarks\n\nWritten by `make bench`.\n{self.where}\n\n{how}"]
         for name in names:
             benchmark = getattr(self, name)
             sections.append(f"## {inspect.getdoc(benchmark)}\n\n{benchmark()}\n")
@@ -142,8 +139,7 @@ class Bench:
         """The worker's overhead
 
         Tasks without a dot, so there is no work: what is left is receiving, printing and acknowledging them one by one.
-        The tutorial's loop has no heartbeats while it works, no reconnecting, no handling of signals and of tasks that
-        fail: what `worker.py` adds costs the difference.
+        The tutorial's loop has no heartbeats while it works, no reconnecting, no handling of signals and failures.
         """
         count = self.size(1000)
         loop, ours = {"the tutorial's loop": ([*BASELINE, "work"], count)}, {"`worker.py`": (WORKER, count)}
@@ -152,9 +148,8 @@ class Bench:
     def by_hand(self) -> str:
         """One task by hand
 
-        A worker waits in one shell, and someone sends it a task from another. The sender's time is from the start of
-        Python to its end; most of it is the import of pika. Ours waits for the confirm, the tutorial's doesn't. The
-        last figure is the time from the sender's start to the worker's "Received".
+        A worker waits, and someone sends it a task. Most of the sender's time is the import of pika. Ours waits for the
+        confirm, the tutorial's doesn't. The last figure is from the sender's start to the worker's "Received".
         """
 
         def once(sender: list, worker: list) -> dict:
@@ -175,9 +170,9 @@ class Bench:
         """Quorum queue, classic queue, long queue, long list
 
         The scripts declare a quorum queue; older tutorials left a classic one. Where the quorum queue is slower, that
-        is the price for its log of every step, which is what a cluster needs to lose nothing, and for its count of
-        deliveries. In the long queue, other tasks wait all the time. Each is on a node of its own. The last line is
-        memory (resident set size) in the end: `new_task.py -` holds a window of unconfirmed tasks, never the list.
+        pays for its log of every step, without which a cluster would lose tasks, and for its count of deliveries. In
+        the long queue, other tasks wait all the time. Each queue is on a node of its own. `new_task.py -` has a window
+        of tasks that are not confirmed in memory (resident set size), never the list.
         """
         many, sent, done = self.size(1_000_000), self.size(50_000), self.size(1000)
         classic = self.start([Node(self.folder / "classic")], arguments={})
@@ -187,17 +182,13 @@ class Bench:
         queues = {"quorum": (self.queue,), "classic": (classic,), f"quorum, {many:,} tasks in it": (long,)}
         sending = self.compare("`new_task.py -`", lambda queue: queue.send(SEND, sent), queues, rounds=5)
         working = self.compare("`worker.py`", lambda queue: queue.work(WORKER, done), queues, rounds=21)
-        memory = f"Memory of `new_task.py -`: {few_mb} MB for {many // 100:,} tasks, {many_mb} MB for {many:,}"
-        return f"{sending}\n\n{working}\n\n{memory}"
+        return f"{sending}\n\n{working}\n\nMemory: {few_mb} MB for {many // 100:,} tasks, {many_mb} MB for {many:,}"
 
     def scaling(self) -> str:
         """More workers
 
         One-dot tasks (a second of sleep each), as many for each worker, from the first "Received" to the last "Done".
-        Sleeping workers don't compete for CPU: this shows what the queue and the scripts cost, and not how many busy
-        workers the machine can carry.
-
-        ![Tasks a second by the number of workers](scaling.svg)
+        Sleeping workers don't compete for CPU: this is what queue and scripts cost, not what a busy machine carries.
         """
         import matplotlib.figure  # here, as it takes half a second
 
@@ -223,7 +214,7 @@ class Bench:
         axes.set(xlabel="workers", ylabel="one-dot tasks done in a second")
         axes.legend()
         axes.figure.savefig(self.pages / "scaling.svg", metadata={"Date": None})
-        return figures
+        return f"{figures}\n\n![Tasks a second by the number of workers](scaling.svg)"
 
     def how_far(self) -> str:
         """How far it goes
@@ -246,11 +237,10 @@ class Bench:
         def used() -> tuple[int, int]:
             """Return the bytes that the first node has in memory, once it has tidied up, and on disk."""
             tidy = "[erlang:garbage_collect(P) || P <- erlang:processes()], erlang:memory(total)."
-            data = nodes[0].folder / "data"
-            return int(nodes[0].ctl("eval", tidy)), sum(file.stat().st_size for file in data.rglob("*"))
+            du = subprocess.run(["du", "-sk", nodes[0].folder / "data"], capture_output=True, text=True).stdout
+            return int(nodes[0].ctl("eval", tidy)), int(du.split()[0]) * 1024
 
         sent, done = queue.send(SEND, self.size(50_000)), queue.work(WORKER, self.size(1000))
-        queue.empty()
         memory, disk = used()
         channels = [Queue(nodes[0]).channel for _ in range(connections)]
         for channel in channels:
@@ -298,13 +288,9 @@ class Bench:
             for name in names:
                 results[name].append(measure(*cases[name]))
             names.append(names.pop(0))
-        head, rows, first = [what], [[name] for name in cases], next(iter(results.values()))
-        for figure in first[0]:
-            head += [figure, "ratio"]
-            for row, measured in zip(rows, results.values(), strict=True):
-                ours, theirs = [each[figure] for each in measured], [each[figure] for each in first]
-                row += [number(median(ours)), ratio(ours, theirs)]
-        return table(head, *rows)
+        first = next(iter(results.values()))
+        rows = [[name, *(cell(figure, each, first) for figure in first[0])] for name, each in results.items()]
+        return table([what, *first[0]], *rows)
 
     def close(self) -> None:
         """End all that was started. The system is asked what that is: what a signal hit at its start is there, too."""
@@ -315,11 +301,12 @@ class Bench:
             node.close()  # which ends Erlang's port mapper
 
 
-def ratio(ours: list[float], theirs: list[float]) -> str:
-    """Return the median of the rounds' ratios, and how far they spread."""
+def cell(figure: str, ours: list[dict], theirs: list[dict]) -> str:
+    """Return the median of a figure; behind it that of the rounds' ratios, and how far they spread."""
     # What took less than the system's clock can tell, as it may in a quick run, has no ratio.
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True) if b] or [float("nan")]
-    return f"**{number(median(ratios))}** ({number(min(ratios))} to {number(max(ratios))})"
+    ratios = [a[figure] / b[figure] for a, b in zip(ours, theirs, strict=True) if b[figure]] or [float("nan")]
+    spread = f"{number(min(ratios))} to {number(max(ratios))}"
+    return f"{number(median(each[figure] for each in ours))}: **{number(median(ratios))}** ({spread})"
 
 
 def number(value: float) -> str:
@@ -335,7 +322,7 @@ def table(head: list[str], *rows: list[str]) -> str:
 
 
 def main() -> str | None:
-    """Measure; return what went wrong."""
+    """Measure; return what went wrong, if anything did."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=Bench.SECTIONS, help="measure some of it; writes nothing")
     parser.add_argument("--quick", action="store_true", help="see that it works; writes to quick-bench in $TMPDIR")
@@ -346,7 +333,6 @@ def main() -> str | None:
         bench = Bench(chosen.quick, Path(folder), Path(folder) if chosen.only else pages)
         try:
             bench.report(chosen.only or Bench.SECTIONS)
-            return None
         except (NodeError, AssertionError) as problem:
             return f" [!] {problem}"
         except KeyboardInterrupt:
