@@ -141,7 +141,7 @@ class Bench:
         Tasks without a dot, so there is no work: what is left is receiving, printing and acknowledging them one by one.
         The tutorial's loop has no heartbeats while it works, no reconnecting, no handling of signals and failures.
         """
-        count = self.size(1000)
+        count = self.size(2000)
         loop, ours = {"the tutorial's loop": ([*BASELINE, "work"], count)}, {"`worker.py`": (WORKER, count)}
         return self.compare("worker", self.queue.work, loop | ours | self.c_client("work", count), rounds=21)
 
@@ -174,7 +174,7 @@ class Bench:
         the long queue, other tasks wait all the time. Each queue is on a node of its own. `new_task.py -` has a window
         of tasks that are not confirmed in memory (resident set size), never the list.
         """
-        many, sent, done = self.size(1_000_000), self.size(50_000), self.size(1000)
+        many, sent, done = self.size(1_000_000), self.size(50_000), self.size(2000)
         classic = self.start([Node(self.folder / "classic")], arguments={})
         long = self.start([Node(self.folder / "long")])
         long.keep = True
@@ -240,7 +240,7 @@ class Bench:
             du = subprocess.run(["du", "-sk", nodes[0].folder / "data"], capture_output=True, text=True).stdout
             return int(nodes[0].ctl("eval", tidy)), int(du.split()[0]) * 1024
 
-        sent, done = queue.send(SEND, self.size(50_000)), queue.work(WORKER, self.size(1000))
+        sent, done = queue.send(SEND, self.size(50_000)), queue.work(WORKER, self.size(2000))
         memory, disk = used()
         channels = [Queue(nodes[0]).channel for _ in range(connections)]
         for channel in channels:
