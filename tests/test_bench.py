@@ -4,69 +4,57 @@ import re
 import subprocess
 
 import pytest
-from bench import BENCHMARKS
+from bench import Bench
 from conftest import ROOT
 from processes import Script, wait_until
 
-# A run that takes longer than this hangs.
-LIMIT = 170
-
-
-class Bench:
-    """Runs tools/bench.py, with its files in a folder of the test."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.script = None
-
-    def start(self, *arguments: str) -> Script:
-        files = [("TMPDIR", str(self.folder))]
-        self.script = Script("tools/bench.py", *arguments, url="amqp://not-used.invalid", environment=files)
-        return self.script
-
-    def left_behind(self) -> list[str]:
-        """Return its files, and the command lines of what it started, that are still there."""
-        running = subprocess.run(["ps", "-ww", "-A", "-o", "command="], capture_output=True, text=True).stdout
-        return [line for line in running.splitlines() if str(self.folder) in line] + list(self.folder.iterdir())
-
 
 @pytest.fixture
-def bench(tmp_path):
-    folder = tmp_path / "files"
-    folder.mkdir()
-    bench = Bench(folder)
-    yield bench
-    if bench.script and bench.script.running:
-        bench.script.terminate()  # and not kill(): it must end what it started
-        bench.script.ends()
+def start(tmp_path):
+    """Give a function that starts tools/bench.py; after the test, nothing that it started may be there."""
+    scripts: list[Script] = []
+
+    def start(*arguments: str) -> Script:
+        files = [("TMPDIR", str(tmp_path))]
+        scripts.append(Script("tools/bench.py", *arguments, url="amqp://not-used.invalid", environment=files))
+        return scripts[-1]
+
+    yield start
+    scripts[0].terminate()  # and not kill(): it must end what it started
+    scripts[0].ends()
+    assert left_behind(tmp_path) == []
 
 
-def test_every_benchmark_works_and_the_report_has_a_section_of_each(bench, tmp_path):
-    script = bench.start("--quick", "--write", str(tmp_path / "docs"))
-    assert script.ends(LIMIT) == 0, str(script)
-    report = (tmp_path / "docs" / "benchmarks.md").read_text()
-    sections = report.split("\n## ")[1:]
-    assert [text.splitlines()[0] for text in sections] == [each.__doc__.splitlines()[0] for each in BENCHMARKS.values()]
+def left_behind(folder) -> list[str]:
+    """Return the benchmarks' temporary files, and the command lines of what they started, that are still there."""
+    running = subprocess.run(["ps", "-ww", "-A", "-o", "command="], capture_output=True, text=True).stdout
+    return [line for line in running.splitlines() if str(folder) in line] + list(map(str, folder.glob("bench-*")))
+
+
+def test_every_benchmark_works_and_the_report_has_a_section_of_each(start, tmp_path):
+    script = start("--quick")
+    assert (script.ends(within=170), script.output("stderr")) == (0, []), str(script)
+    pages = tmp_path / "quick-bench"
+    sections = (pages / "benchmarks.md").read_text().split("\n## ")[1:]
+    titles = [getattr(Bench, name).__doc__.splitlines()[0] for name in Bench.SECTIONS]
+    assert [section.splitlines()[0] for section in sections] == titles
     for section in sections:
-        assert re.search(r"^\|.*\| (\*\*)?\d", section, re.MULTILINE), f"no figures in: {section}"
-    assert (tmp_path / "docs" / "scaling.svg").read_text().lstrip().startswith("<?xml")
-    far = (tmp_path / "docs" / "how-far.md").read_text()
-    assert re.search(r"^\| memory of a `worker.py` +\| \d+ MB", far, re.MULTILINE)
-    assert bench.left_behind() == []
+        assert re.search(r"^\| .* \| [\d.,]+(: | +\|)", section, re.MULTILINE), f"no figures in: {section}"
+    how_far = (pages / "how-far.md").read_text()
+    assert re.search(r"^\| memory of a `worker.py`, MB +\| [\d.]+ ", how_far, re.MULTILINE)
+    assert (pages / "scaling.svg").read_text().startswith("<?xml")
 
 
-def test_a_benchmark_can_be_chosen_and_then_nothing_is_written(bench):
+def test_a_benchmark_can_be_chosen_and_then_nothing_is_written(start):
     before = {file: file.stat().st_mtime for file in (ROOT / "docs").iterdir()}
-    script = bench.start("--quick", "--only", "by-hand")
-    assert script.ends(LIMIT) == 0, str(script)
+    script = start("--quick", "--only", "by_hand")
+    assert script.ends(within=170) == 0, str(script)
     assert [line for line in script.output() if line.startswith("## ")] == ["## One task by hand"]
     assert {file: file.stat().st_mtime for file in (ROOT / "docs").iterdir()} == before
 
 
-def test_ctrl_c_ends_the_benchmarks_and_all_that_they_started(bench):
-    script = bench.start("--quick", "--only", "scaling")
-    wait_until(lambda: any("beam" in str(left) for left in bench.left_behind()), "RabbitMQ runs")
+def test_ctrl_c_ends_the_benchmarks_and_all_that_they_started(start, tmp_path):
+    script = start("--quick", "--only", "scaling")
+    wait_until(lambda: any("beam" in line for line in left_behind(tmp_path)), "RabbitMQ runs")
     script.ctrl_c()
-    assert script.ends() == 1
-    assert script.output("stderr") == [" [!] Interrupted"]
-    assert bench.left_behind() == []
+    assert (script.ends(), script.output("stderr")) == (1, [" [!] Interrupted"])
