@@ -122,11 +122,16 @@ def stop() -> None:
         say("nothing to stop, as none was started here")
 
 
+def started_by_make(otherwise: str) -> Node | Container:
+    """Return what was started here and still runs. NodeError if none does, with the command for another RabbitMQ."""
+    if server := started():
+        return server
+    raise NodeError(f"make started no RabbitMQ that runs now. For one of your own, type: sudo {otherwise}")
+
+
 def kill() -> None:
     """Kill what was started here; its data stay."""
-    server = started()
-    if not server:
-        raise NodeError("this kills only a RabbitMQ that make started, and none runs. Stop yours, then: make rabbitmq")
+    server = started_by_make("systemctl kill --signal=SIGKILL rabbitmq-server")
     server.kill()
     say(f"killed the {type(server).__name__.lower()} on localhost:{PORT}")
 
@@ -134,9 +139,7 @@ def kill() -> None:
 def queues() -> None:
     """Show the queues of what was started here, in columns."""
     command = ["list_queues", "name", "messages_ready", "messages_unacknowledged", "consumers"]
-    server = started()
-    if not server:
-        raise NodeError(f"no RabbitMQ that make started runs. For your own one: sudo rabbitmqctl {' '.join(command)}")
+    server = started_by_make(f"rabbitmqctl {' '.join(command)}")
     rows = [line.split("\t") for line in server.ctl(*command).splitlines()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
