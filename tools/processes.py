@@ -30,12 +30,13 @@ class Script:
     """A running script. Its output is read line by line as it comes, into `lines`.
 
     command: the words behind `python`. url: AMQP_URL for it; None: as it is here. stdin: as for Popen; nothing by
-    default.
+    default. see: called with each line as it comes, on another thread.
     """
 
-    def __init__(self, *command: str, url: str | None, cwd=ROOT, stdin=subprocess.DEVNULL, environment=()):
+    def __init__(self, *command: str, url: str | None, cwd=ROOT, stdin=subprocess.DEVNULL, environment=(), see=None):
         self.name = " ".join(os.fsdecode(word) for word in command)
         self.lines: list[Line] = []
+        self._see = see or (lambda line: None)
         self._changed = threading.Condition()
         settings = {**os.environ, **({"AMQP_URL": url} if url else {}), **dict(environment)}
         pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -46,9 +47,11 @@ class Script:
             reader.start()
 
     def _read(self, stream: str, pipe) -> None:
-        for line in pipe:
+        for text in pipe:
+            line = Line(time.monotonic(), stream, text.decode(errors="backslashreplace").rstrip("\n"))
             with self._changed:
-                self.lines.append(Line(time.monotonic(), stream, line.decode(errors="backslashreplace").rstrip("\n")))
+                self.lines.append(line)
+                self._see(line)
                 self._changed.notify_all()
 
     def wait_for(self, text: str, times: int = 1, within: float = DEADLINE) -> Line:
