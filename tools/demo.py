@@ -92,8 +92,7 @@ class Demo:
 
     def until_received(self, task: str, times: int = 1) -> Event:
         """Wait until workers have received the task so many times, and return the last one."""
-        wait_until(lambda: len(self.of("Received", task)) >= times, f"{task!r} is received ({times})")
-        return self.of("Received", task)[-1]
+        return wait_until(lambda: self.of("Received", task)[times - 1 :], f"{task!r} is received ({times})")[-1]
 
     def until_done(self, *tasks: str) -> list[int]:
         """Wait until workers have done all the tasks, and return in which shells they were first received."""

@@ -90,9 +90,7 @@ class Script:
 
     def kill(self) -> None:
         """Send SIGKILL, as `kill -9` does, and wait for the end."""
-        if self.running:
-            self.process.kill()
-            self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
         self.process.wait()
 
     def output(self, stream: str = "stdout") -> list[str]:
@@ -104,13 +102,14 @@ class Script:
         return f"{self.name} (exit status {self.process.poll()}) printed\n{printed}"
 
 
-def wait_until(condition, what: str, within: float = DEADLINE) -> None:
-    """Return when condition() holds; AssertionError if it doesn't come to that in time."""
+def wait_until(condition, what: str, within: float = DEADLINE):
+    """Return what condition() returns, once it holds; AssertionError if it doesn't come to that in time."""
     deadline = time.monotonic() + within
-    while not condition():
+    while not (found := condition()):
         if time.monotonic() > deadline:
             raise AssertionError(f"{what}: not within {within} s")
         time.sleep(0.05)
+    return found
 
 
 def raise_on_signals() -> None:
