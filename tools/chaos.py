@@ -336,7 +336,8 @@ class Run:
 
     def wait_until(self, condition, what: str, within: float = PATIENCE):
         """Return what condition() returns, once it holds; AssertionError if that takes too long, or on Ctrl+C."""
-        found = wait_until(lambda: self.interrupted.is_set() or condition(), what, within)
+        # In short steps: a fault must come while its victim is still at it.
+        found = wait_until(lambda: self.interrupted.is_set() or condition(), what, within, pause=0.01)
         assert not self.interrupted.is_set(), "interrupted"
         return found
 

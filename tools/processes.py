@@ -102,13 +102,13 @@ class Script:
         return f"{self.name} (exit status {self.process.poll()}) printed\n{printed}"
 
 
-def wait_until(condition, what: str, within: float = DEADLINE):
+def wait_until(condition, what: str, within: float = DEADLINE, pause: float = 0.05):
     """Return what condition() returns, once it holds; AssertionError if it doesn't come to that in time."""
     deadline = time.monotonic() + within
     while not (found := condition()):
         if time.monotonic() > deadline:
             raise AssertionError(f"{what}: not within {within} s")
-        time.sleep(0.05)
+        time.sleep(pause)
     return found
 
 
