@@ -1,5 +1,6 @@
 """The pages are true: each command is run in the shell it names, in order, and prints what the page shows."""
 
+import collections
 import contextlib
 import inspect
 import itertools
@@ -101,8 +102,8 @@ class Player:
         self.folder, self.docker, self.theirs = folder, docker, theirs
         self.project = f"task-queue-test-{os.getpid()}-pages"
         self._ports: dict[str, str] = {}
-        self._shells: dict[str, Shell] = {}
         self._environment = self._settings()
+        self.shells = collections.defaultdict(lambda: Shell(self.folder, self._environment))  # opened when needed
         self._copy_project()
 
     def _settings(self) -> dict:
@@ -142,16 +143,10 @@ class Player:
         settings = {"cwd": self.folder, "env": self._environment, "stdin": subprocess.DEVNULL}
         return subprocess.run(["bash", "-c", self.on_other_ports(command)], capture_output=True, text=True, **settings)
 
-    def shell(self, number: str) -> Shell:
-        """Return an open shell."""
-        if number not in self._shells:
-            self._shells[number] = Shell(self.folder, self._environment)
-        return self._shells[number]
-
     def play(self, text: str) -> None:
         """Play a page, or some of its chapters."""
         for number, lines in in_shells(text):
-            self.play_block(self.shell(number), lines)
+            self.play_block(self.shells[number], lines)
         self.close_shells()
 
     def play_block(self, shell: Shell, lines: list[str]) -> None:
@@ -205,8 +200,8 @@ class Player:
         return []
 
     def close_shells(self) -> None:
-        while self._shells:
-            self._shells.popitem()[1].close(force=True)
+        while self.shells:
+            self.shells.popitem()[1].close(force=True)
 
     def close(self) -> None:
         self.close_shells()
@@ -293,7 +288,7 @@ def test_a_terminal_shows_ctrl_c_on_a_line_of_its_own(broker):
 @pytest.mark.timeout(600)
 def test_every_command_for_docker_does_what_the_page_says(player_of):
     player = player_of(docker=True)
-    one, two = player.shell("1"), player.shell("2")
+    one, two = player.shells["1"], player.shells["2"]
 
     def enter(shell: Shell, line: str, *shown: str) -> None:
         """Type a line, and wait until all that is shown, in that order."""

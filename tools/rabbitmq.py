@@ -90,7 +90,7 @@ def started(otherwise: str = "") -> Node | Container | None:
     """Return what was started here and still runs. If nothing does, NodeError that names another command, if any."""
     server = next((server for server in (private_node(), Container()) if server.running), None)
     if otherwise and not server:
-        raise NodeError(f"make started no RabbitMQ that runs now. For one of your own, type: sudo {otherwise}")
+        raise NodeError(f"no RabbitMQ runs that make started: make rabbitmq. For one of your own: sudo {otherwise}")
     return server
 
 
