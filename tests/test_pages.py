@@ -1,6 +1,7 @@
 """The pages are true: each command is run in the shell it names, in order, and prints what the page shows."""
 
-import functools
+import collections
+import contextlib
 import inspect
 import itertools
 import os
@@ -15,12 +16,10 @@ from pathlib import Path
 
 import pexpect
 import pytest
-import rabbitmq
 from conftest import DEADLINE, ROOT
 from node import Node, free_port
 
 import new_task
-import task_queue
 import worker
 
 TRANSLATIONS = [("README.md", "README.ko.md"), ("docs/tutorial.md", "docs/tutorial.ko.md")]
@@ -30,19 +29,22 @@ TEXT = {name: (ROOT / name).read_text() for name in PAGES}
 # What fits beside GitHub's list of files on a screen of 1280 pixels, in characters.
 PAGE_WIDTH = 97
 
-# What make does for these targets, without looking for a .venv.
-AS_TYPED = {
-    "make dead-letters": "python -m task_queue.dead_letters list",
-    "make requeue-dead-letters": "python -m task_queue.dead_letters requeue",
-}
-
-MAKE = {"rabbitmq": rabbitmq.find, "kill-rabbitmq": rabbitmq.kill, "stop": rabbitmq.stop}
-
-# RabbitMQ updates what it tells of a queue every five seconds, or every second where make started it.
-FIGURES_DEADLINE = 15
+# Commands whose figures RabbitMQ updates every five seconds, or every second where make started it.
+FIGURES, FIGURES_DEADLINE = ("make queues", "curl"), 15
 
 # The first command for Docker builds an image; a cluster takes half a minute.
 DOCKER_DEADLINE = 240
+
+# The ports of the pages: of RabbitMQ, and of the three nodes of a cluster. Here they may be taken.
+CLUSTER_PORTS = r"\b1?567[345]\b"
+PORTS = rf"\b1?5672\b|\b15692\b|{CLUSTER_PORTS}"
+
+# What stands in the copy of the project in place of this: what one only waits for takes less time, and is installed.
+IN_THE_COPY = {
+    "time.sleep(1)": "time.sleep(0.4)",
+    "PAUSE_AFTER_FAILURE = 1\n": "PAUSE_AFTER_FAILURE = 0.2\n",
+    ".venv/bin/python": sys.executable,
+}
 
 
 def blocks(page: str, kind: str) -> list[str]:
@@ -50,11 +52,11 @@ def blocks(page: str, kind: str) -> list[str]:
     return re.findall(rf"^```{kind}\n(.*?)```$", TEXT[page], re.DOTALL | re.MULTILINE)
 
 
-def in_shells(page: str) -> list[tuple[str, list[str]]]:
+def in_shells(text: str) -> list[tuple[str, list[str]]]:
     """Return (number of the shell, lines) for each console block: the shell is the last one that the text names."""
     found, shell = [], ""
-    for text, block in re.findall(r"(.*?)```console\n(.*?)```", TEXT[page], re.DOTALL):
-        shell = re.findall(r"(?:[Ss]hell|셸) (\d)", f"shell {shell} {text}")[-1]
+    for before, block in re.findall(r"(.*?)```console\n(.*?)```", text, re.DOTALL):
+        shell = re.findall(r"(?:[Ss]hell|셸) (\d)", f"shell {shell} {before}")[-1]
         found.append((shell, block.splitlines()))
     return found
 
@@ -64,143 +66,175 @@ def comparable(line: str) -> str:
     line = re.sub(r"^Quit\b.*", "Quit", re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", line))
     if line.startswith("RabbitMQ:"):
         line = line.replace("container", "node").replace("it with Docker (docker compose up)", "a private node")
-        line = re.sub(r"localhost:\d+|,? (after|with) .*", "", line)
+        line = re.sub(r",? (after|with) .*", "", line)
     return line
 
 
-class Shell:
+class Shell(pexpect.spawn):
     """A bash on a terminal of its own. Nothing that is typed is echoed, so all there is to read is output."""
 
     def __init__(self, folder: Path, environment: dict):
         settings = {"PS1": "", "PS2": "", "TERM": "dumb", "LC_ALL": "C.UTF-8"}
-        settings["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         command = "bash --norc --noediting -i"
-        self.bash = pexpect.spawn(command, cwd=folder, env=environment | settings, echo=False, encoding="utf-8")
-        self.bash.delaybeforesend = None
+        super().__init__(command, cwd=folder, env=environment | settings, echo=False, encoding="utf-8")
+        self.delaybeforesend = None
 
     def next_line(self) -> str:
         """Return the next line that is not blank."""
-        while True:
-            try:
-                self.bash.expect(r"([^\r\n]*)\r?\n", timeout=DEADLINE)
-            except pexpect.TIMEOUT:
-                return f"(nothing more for {DEADLINE} s)"
-            # "Erase the rest of the line" is how the progress of many tasks leaves the terminal.
-            if line := self.bash.match.group(1).replace("\x1b[K", "").rstrip():
-                return line
+        self.expect(r"([^\r\n]+)\r?\n", timeout=DEADLINE)
+        # "Erase the rest of the line" is how the progress of many tasks leaves the terminal.
+        return self.match[1].replace("\x1b[K", "").rstrip() or self.next_line()
 
-    def must_show(self, line: str, skipping: bool) -> None:
+    def must_show(self, line: str, skipping: bool = False) -> None:
         shown = self.next_line()
         while skipping and comparable(shown) != comparable(line):
-            assert "nothing more" not in shown, f"the page shows {line!r}, which doesn't come"
             shown = self.next_line()
         assert comparable(shown) == comparable(line)
 
 
 class Player:
-    """Plays pages. RabbitMQ is the one that tools/rabbitmq.py starts for `make demo`, in a folder of the test."""
+    """Plays pages in a copy of the project, on other ports than a user's own, and as another project for Docker.
 
-    def __init__(self, folder: Path, url: str, capsys):
-        self._new_shell = functools.partial(Shell, folder, {**os.environ, "AMQP_URL": url})
-        self._capsys = capsys
-        self._shells = {}
-        self._printed: list[str] = []  # what an intercepted make has printed, and the page must show next
+    theirs: a RabbitMQ that AMQP_URL names. Without it make starts one: in Docker, or as a private node.
+    """
 
-    def play(self, page: str) -> None:
-        for number, lines in in_shells(page):
-            self.play_block(self._shells.get(number) or self._shells.setdefault(number, self._new_shell()), lines)
-        self.close()
+    def __init__(self, folder: Path, docker: bool = False, theirs: Node | None = None):
+        self.folder, self.docker, self.theirs = folder, docker, theirs
+        self.project = f"task-queue-test-{os.getpid()}-pages"
+        self._ports: dict[str, str] = {}
+        self._environment = self._settings()
+        self.shells = collections.defaultdict(lambda: Shell(self.folder, self._environment))  # opened when needed
+        self._copy_project()
+
+    def _settings(self) -> dict:
+        """Return the environment, in which nothing that the user has set reaches what runs here."""
+        users = ("AMQP_", "COMPOSE_", "MAKE", "RABBITMQ_DEFAULT_", "RABBITMQ_ERLANG_")
+        settings = {name: value for name, value in os.environ.items() if not name.startswith(users)}
+        settings["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        settings["COMPOSE_PROJECT_NAME"] = self.project
+        for name, port in {"AMQP_PORT": "5672", "MANAGEMENT_PORT": "15672", "PROMETHEUS_PORT": "15692"}.items():
+            settings[name] = self.on_other_ports(port)  # for Compose
+        if self.theirs:
+            settings["AMQP_URL"] = self.theirs.url
+        if not self.docker:
+            settings["DOCKER_HOST"] = "unix:///nowhere"
+        return settings
+
+    def _copy_project(self) -> None:
+        """Copy what runs, and what Docker needs, with a .venv in which nothing is missing."""
+        left_out = shutil.ignore_patterns(".?*", "tests", "docs", "__pycache__")
+        shutil.copytree(ROOT, self.folder, ignore=left_out, dirs_exist_ok=True)
+        shutil.copy(ROOT / ".dockerignore", self.folder)
+        for path in (self.folder / "Makefile", *self.folder.rglob("*.py")):
+            text = self.on_other_ports(path.read_text())
+            for here, there in {**IN_THE_COPY, "task-queue-demo": self.project}.items():
+                text = text.replace(here, there)
+            path.write_text(text)
+        cluster = self.folder / "docker-compose.cluster.yml"
+        cluster.write_text(self.on_other_ports(cluster.read_text(), CLUSTER_PORTS))
+        (self.folder / ".venv").mkdir()
+        (self.folder / ".venv" / "run").touch()
+
+    def on_other_ports(self, text: str, ports: str = PORTS) -> str:
+        return re.sub(ports, lambda match: self._ports.setdefault(match[0], str(free_port())), text)
+
+    def run(self, command: str) -> subprocess.CompletedProcess:
+        """Run a line of bash."""
+        settings = {"cwd": self.folder, "env": self._environment, "stdin": subprocess.DEVNULL}
+        return subprocess.run(["bash", "-c", self.on_other_ports(command)], capture_output=True, text=True, **settings)
+
+    def play(self, text: str) -> None:
+        """Play a page, or some of its chapters."""
+        for number, lines in in_shells(text):
+            self.play_block(self.shells[number], lines)
+        self.close_shells()
 
     def play_block(self, shell: Shell, lines: list[str]) -> None:
         skipping = False
         while lines:
             line = lines.pop(0)
-            if line == "$ make queues" or line.startswith("$ curl"):
-                self.await_figures(line[2:], lines)
-            elif line.removeprefix("$ make ") in MAKE:
-                self._printed = self.printed_by(MAKE[line.split()[-1]])
+            if line.startswith(("$ make ", "$ curl ")):
+                expected = list(itertools.takewhile(lambda line: not line.startswith("$ "), lines))
+                del lines[: len(expected)]
+                self.ask(line[2:], expected)
             elif line.startswith(("$ ", "> ")):
-                shell.bash.sendline(AS_TYPED.get(line[2:], line[2:]))
+                shell.sendline(line[2:])
             elif line == "^C":
-                shell.bash.sendcontrol("c")
+                shell.sendcontrol("c")
             elif line.startswith("^\\"):
-                shell.bash.sendcontrol("\\")
+                shell.sendcontrol("\\")
                 shell.must_show(line[2:], skipping=True)
             elif line == "...":
                 skipping = True
                 continue
-            elif self._printed:
-                assert comparable(self._printed.pop(0)) == comparable(line)
             else:
                 shell.must_show(line, skipping)
             skipping = False
-        assert not self._printed
 
-    def printed_by(self, make) -> list[str]:
-        """Do what a target of make does, with a RabbitMQ that is the test's own; return what it prints."""
-        self._capsys.readouterr()
-        make()
-        return self._capsys.readouterr().out.splitlines()
-
-    def await_figures(self, command: str, lines: list[str]) -> None:
-        """Ask RabbitMQ for figures until they are those of the page."""
-        expected = list(itertools.takewhile(lambda line: not line.startswith("$ "), lines))
-        del lines[: len(expected)]
+    def ask(self, command: str, expected: list[str]) -> None:
+        """Give a command to make or curl, which must print what the page shows. If it is a figure, wait for that."""
+        expected = [comparable(self.on_other_ports(line)) for line in expected]
+        if self.theirs:  # RabbitMQ's own command doesn't pad its columns, and make does nothing
+            expected = [re.sub(" +", "\t", line) for line in expected if not line.startswith("RabbitMQ:")]
         deadline = time.monotonic() + FIGURES_DEADLINE
-        while (shown := self.figures(command)) != expected:
-            assert time.monotonic() < deadline, "\n".join(shown)
+        while (printed := self.answer(command)) != expected:
+            assert command.startswith(FIGURES) and time.monotonic() < deadline, "\n".join(printed)
 
-    def figures(self, command: str) -> list[str]:
-        """Return what one of the two commands shows that ask RabbitMQ for figures."""
-        if command == "make queues":
-            return self.printed_by(rabbitmq.queues)
-        typed = command.replace("15692", str(rabbitmq.WATCH_PORTS["prometheus"]))
-        return subprocess.run(["bash", "-c", typed], capture_output=True, text=True).stdout.splitlines()
+    def answer(self, command: str) -> list[str]:
+        """Return what a command prints; or if make refuses it, what that prints which is to be typed instead."""
+        done = self.run(command)
+        if not self.theirs:
+            assert done.returncode == 0, done.stderr
+            return [comparable(line) for line in done.stdout.splitlines()]
+        if done.returncode == 0:
+            return []
+        line, from_make = done.stderr.splitlines()
+        assert from_make.endswith("Error 1")
+        instead = re.search("sudo .*", line)[0]
+        assert instead in TEXT["docs/tutorial.md"]
+        if "rabbitmqctl" in instead:
+            return self.theirs.ctl(*instead.split()[2:]).splitlines()
+        assert instead == "sudo systemctl kill --signal=SIGKILL rabbitmq-server"
+        self.theirs.kill()
+        self.theirs.start()
+        return []
+
+    def close_shells(self) -> None:
+        while self.shells:
+            self.shells.popitem()[1].close(force=True)
 
     def close(self) -> None:
-        for shell in self._shells.values():
-            shell.bash.close(force=True)
-        self._shells = {}
+        self.close_shells()
+        self.run("make clean")
+        for file in ["docker-compose.yml", "docker-compose.cluster.yml"] * self.docker:
+            down = f"docker compose -f {file} --profile '*' down"
+            self.run(f"{down} --volumes --remove-orphans --rmi local --timeout 0")
 
 
-def copy_project(folder: Path) -> None:
-    """Copy what runs, and what Docker needs."""
-    shutil.copytree(
-        ROOT, folder, ignore=shutil.ignore_patterns(".?*", "tests", "docs", "__pycache__"), dirs_exist_ok=True
-    )
-    shutil.copy(ROOT / ".dockerignore", folder)
+@pytest.fixture
+def player_of(tmp_path):
+    """A function that returns the player of a set-up."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(contextlib.closing(Player(tmp_path, **settings)))
 
 
-ON_DOCKER = pytest.param("docker", marks=[pytest.mark.docker, pytest.mark.xdist_group("test_compose.py")])
-
-
-@pytest.fixture(params=["a private node", ON_DOCKER])
-def player(request, tmp_path, monkeypatch, capsys):
-    """Plays pages in a copy of the project. RabbitMQ is there as `make demo` leaves it: a node, or a container."""
-    copy_project(tmp_path)
-    monkeypatch.delenv("AMQP_URL", raising=False)
-    compose = ["docker", "compose", "-p", f"task-queue-test-{os.getpid()}-player"]
-    run = functools.partial(subprocess.run, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    monkeypatch.setattr(rabbitmq.Container, "compose", lambda _, *words: run([*compose, *words], check=True).stdout)
-    monkeypatch.setattr(rabbitmq, "docker_answers", lambda: request.param == "docker")
-    monkeypatch.setattr(rabbitmq, "FOLDER", tmp_path / ".rabbitmq")
-    monkeypatch.setattr(rabbitmq, "PORT", free_port())
-    monkeypatch.setattr(rabbitmq, "WATCH_PORTS", {what: free_port() for what in rabbitmq.WATCH_PORTS})
-    for what, port in {"amqp": rabbitmq.PORT, **rabbitmq.WATCH_PORTS}.items():
-        monkeypatch.setenv(f"{what.upper()}_PORT", str(port))  # for Compose
-    assert isinstance(rabbitmq.find(), Node) == (request.param != "docker")
-    player = Player(tmp_path, f"amqp://localhost:{rabbitmq.PORT}", capsys)
-    yield player
-    player.close()
-    rabbitmq.stop()
-    if request.param == "docker":
-        run([*compose, "down", "--volumes"])
+ON_DOCKER = pytest.param(True, marks=[pytest.mark.docker, pytest.mark.xdist_group("test_compose.py")])
 
 
 @pytest.mark.timeout(600)
-def test_every_command_does_what_the_page_shows(player):
-    player.play("README.md")
-    player.play("docs/tutorial.md")
+@pytest.mark.parametrize("docker", [False, ON_DOCKER], ids=["a private node", "docker"])
+def test_every_command_does_what_the_page_shows(docker, player_of):
+    player = player_of(docker=docker)
+    started = "with Docker" if docker else "a private node"
+    assert started in player.run("make rabbitmq").stdout
+    player.play(TEXT["README.md"])
+    player.play(TEXT["docs/tutorial.md"])
+
+
+def test_a_rabbitmq_that_make_did_not_start_needs_the_commands_that_the_page_names(player_of, mortal):
+    chapters = TEXT["docs/tutorial.md"].split("\n## ")
+    player_of(theirs=mortal.node).play("".join(chapters[number] for number in (1, 2, 5, 9)))
+    assert mortal.node.running
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone")
@@ -219,19 +253,17 @@ def test_the_front_page_shows_the_heart_of_both_scripts():
         assert shown.pop(0) == textwrap.dedent(body.strip("\n"))
 
 
-def test_a_user_with_the_permissions_of_the_reference_can_do_everything(broker, shells):
+def test_a_user_with_the_permissions_of_the_reference_can_do_everything(broker, shells, worker_with):
     commands = re.findall(r"^    rabbitmqctl (.* anna .*)$", TEXT["docs/reference.md"], re.MULTILINE)
     for command in commands:
         broker.node.ctl(*shlex.split(command))
-    with broker.connect() as connection:
-        connection.channel().queue_delete(task_queue.QUEUE)  # which she may declare
+    broker.delete_queue()  # which she may declare
     shells.url = broker.url.replace("guest:guest", "anna:a-password")
-    program = "import sys, worker\ndef work(_):\n    1 / 0\nworker.work = work\nsys.exit(worker.main())"
-    failing = shells.start("-c", program)
+    failing = shells.start(worker_with("1 / 0"))
     shells.send("task")
     failing.wait_for("Set aside 'task'")
-    for command in ("list", "requeue"):
-        assert shells.start("-m", "task_queue.dead_letters", command).ends() == 0
+    shells.dead_letters("list")
+    shells.dead_letters("requeue")
     failing.wait_for("Received 'task'", times=11)
 
 
@@ -251,66 +283,38 @@ def test_a_terminal_shows_ctrl_c_on_a_line_of_its_own(broker):
     sender.close()
 
 
-# The ports of the nodes of the cluster, and of their management UI: they are fixed, and may be taken here.
-CLUSTER_PORT = re.compile(r"\b1?567[345]\b")
-
-
-class DockerPage:
-    """Two shells in a copy of the project, with Compose projects of their own, on other ports than the page's."""
-
-    def __init__(self, folder: Path):
-        self._ports = {}
-        copy_project(folder)
-        for path in folder.glob("*.yml"):
-            path.write_text(self.on_other_ports(path.read_text()))
-        settings = {k: v for k, v in os.environ.items() if not k.startswith(("COMPOSE_", "RABBITMQ_", "AMQP_"))}
-        settings |= {"AMQP_PORT": "0", "MANAGEMENT_PORT": "0", "PROMETHEUS_PORT": "0"}  # 0: any that is free
-        self._project = settings["COMPOSE_PROJECT_NAME"] = f"task-queue-test-{os.getpid()}-pages"
-        self._run = functools.partial(subprocess.run, cwd=folder, env=settings, stdin=subprocess.DEVNULL, check=True)
-        self.shells = Shell(folder, settings), Shell(folder, settings)
-
-    def on_other_ports(self, text: str) -> str:
-        return CLUSTER_PORT.sub(lambda match: str(self._ports.setdefault(match[0], free_port())), text)
-
-    def enter(self, shell: Shell, line: str, *shown: str) -> None:
-        """Type a line, and wait until all that is shown, in that order."""
-        shell.bash.sendline(self.on_other_ports(line))
-        for text in shown:
-            shell.bash.expect_exact(text, timeout=DOCKER_DEADLINE)
-
-    def members(self) -> int:
-        """Return how many nodes have a copy of the queue."""
-        command = "docker compose -f docker-compose.cluster.yml exec -T rabbit1 rabbitmqctl -q list_queues name members"
-        listed = self._run(command.split(), capture_output=True, text=True).stdout
-        (line,) = [line for line in listed.splitlines() if line.startswith("task_queue\t")]
-        return line.count("rabbit@")
-
-    def containers(self) -> list[str]:
-        """Return the containers that are left, whether they run or not."""
-        command = ["docker", "ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={self._project}"]
-        return self._run(command, capture_output=True, text=True).stdout.split()
-
-    def close(self) -> None:
-        for shell in self.shells:
-            shell.bash.close(force=True)
-        for file in ("docker-compose.yml", "docker-compose.cluster.yml"):
-            down = ["docker", "compose", "-f", file, "--profile", "*", "down"]
-            self._run([*down, "--volumes", "--remove-orphans", "--rmi", "local", "--timeout", "0"], capture_output=True)
-
-
 @pytest.mark.docker
 @pytest.mark.xdist_group("test_compose.py")
 @pytest.mark.timeout(600)
-def test_every_command_for_docker_does_what_the_page_says(tmp_path, request):
-    docker_page = DockerPage(tmp_path)
-    request.addfinalizer(docker_page.close)
-    enter, (one, two) = docker_page.enter, docker_page.shells
+def test_every_command_for_docker_does_what_the_page_says(player_of):
+    player = player_of(docker=True)
+    one, two = player.shells["1"], player.shells["2"]
+
+    def enter(shell: Shell, line: str, *shown: str) -> None:
+        """Type a line, and wait until all that is shown, in that order."""
+        shell.sendline(player.on_other_ports(line))
+        for text in shown:
+            shell.expect_exact(text, timeout=DOCKER_DEADLINE)
+
+    def members() -> int:
+        """Return how many nodes have a copy of the queue."""
+        command = "docker compose -f docker-compose.cluster.yml exec -T rabbit1 rabbitmqctl -q list_queues name members"
+        listed = player.run(command).stdout
+        (line,) = [line for line in listed.splitlines() if line.startswith("task_queue\t")]
+        return line.count("rabbit@")
+
+    def containers() -> list[str]:
+        """Return the containers that are left, whether they run or not."""
+        done = player.run(f"docker ps --all --quiet --filter label=com.docker.compose.project={player.project}")
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
     found = [block.splitlines() for block in blocks("docs/tutorial.md", "sh")]
     (up,), (send,), (cluster, nodes, receive), (alias, status, *grow), downs = found
     enter(one, up, *3 * [" [*] Waiting for messages."])
     enter(two, send, " [x] Sent 'First message.'")
-    one.bash.expect(r" \[x\] Received 'First message\.'.* \[x\] Done", timeout=DOCKER_DEADLINE)
-    one.bash.sendcontrol("c")
+    one.expect(r" \[x\] Received 'First message\.'.* \[x\] Done", timeout=DOCKER_DEADLINE)
+    one.sendcontrol("c")
     enter(one, "echo stopped: $?", "stopped: ")
 
     enter(one, f"{cluster} && echo up: $?", "up: 0")
@@ -319,15 +323,15 @@ def test_every_command_for_docker_does_what_the_page_says(tmp_path, request):
     enter(two, alias)
     for node in ("rabbit@rabbit2", "rabbit@rabbit3"):
         enter(two, f"in_rabbit1 rabbitmq-queues shrink {node}; echo shrunk: $?", "shrunk: 0")
-    assert (docker_page.members(), bool(docker_page.containers())) == (1, True)
+    assert (members(), bool(containers())) == (1, True)
     for line in (status, *grow):
         enter(two, f"{line}; echo done: $?", "done: 0")
-    assert docker_page.members() == 3
-    one.bash.sendcontrol("c")
-    one.bash.expect_exact(" [!] Stopped by Ctrl+C.", timeout=DOCKER_DEADLINE)
+    assert members() == 3
+    one.sendcontrol("c")
+    one.expect_exact(" [!] Stopped by Ctrl+C.", timeout=DOCKER_DEADLINE)
     for line in downs:
         enter(two, f"{line}; echo done: $?", "done: 0")
-    assert docker_page.containers() == []
+    assert containers() == []
 
 
 def anchors(page: str) -> list[str]:
@@ -355,7 +359,7 @@ def test_no_block_is_wider_than_a_page(page):
 
 @pytest.mark.parametrize(("page", "translation"), TRANSLATIONS)
 def test_a_translation_has_the_same_blocks_in_the_same_shells(page, translation):
-    assert in_shells(translation) == in_shells(page)
+    assert in_shells(TEXT[translation]) == in_shells(TEXT[page])
     assert blocks(translation, r"\w*") == blocks(page, r"\w*")
     for one, other in ((page, translation), (translation, page)):
         assert f"]({Path(other).name})" in TEXT[one][:200]

@@ -31,8 +31,8 @@ from pathlib import Path
 from subprocess import PIPE
 
 import pika
-from node import Node, NodeError, answers_amqp
-from processes import ROOT, Script
+from node import Node, NodeError
+from processes import ROOT, Line, Script, wait_until
 from tcp_proxy import TcpProxy
 
 sys.path.insert(0, str(ROOT))
@@ -104,24 +104,20 @@ class Worker(Proxied):
     """A worker.py."""
 
     def __init__(self, run: "Run", graceful: bool):
-        self.graceful = graceful
-        self._doings, self._seen = [], 0
-        super().__init__(run, "-c", WORKER, *["--graceful"] * graceful)
+        self.graceful, self.all_doings = graceful, run.doings
+        self.doing: Doing | None = None  # its last one
+        super().__init__(run, "-c", WORKER, *["--graceful"] * graceful, see=self._take_note)
 
-    def doings(self) -> list[Doing]:
-        """Return what it has done so far, as it printed it."""
-        for line in self.lines[self._seen :]:
-            self._seen += 1
-            if received := re.fullmatch(r" \[x\] Received '(.*)'( \(redelivered\))?", line.text):
-                self._doings.append(Doing(received[1], self, line.at))
-            elif line.text == " [x] Done":
-                self._doings[-1].done = line.at
-        return self._doings
+    def _take_note(self, line: Line) -> None:
+        if received := re.fullmatch(r" \[x\] Received '(.*)'( \(redelivered\))?", line.text):
+            self.doing = Doing(received[1], self, line.at)
+            self.all_doings.append(self.doing)
+        elif line.text == " [x] Done":
+            self.doing.done = line.at
 
     def in_hand(self) -> str | None:
         """Return the task that it is working on."""
-        last = self.doings()[-1:]
-        return last[0].task if last and not last[0].done else None
+        return self.doing.task if self.doing and not self.doing.done else None
 
     def is_unfinished(self) -> bool:
         """Tell whether it has stopped too early."""
@@ -184,6 +180,7 @@ class Run:
         self.node = Node(folder / "rabbitmq")
         self.workers: list[Worker] = []  # all that ever ran
         self.crew: list[Worker] = []  # those that should run now
+        self.doings: list[Doing] = []
         self.producers: list[Producer] = []
         self.faults: list[Fault] = []
         self.broken: list[str] = []  # what is wrong
@@ -192,7 +189,7 @@ class Run:
 
     def play(self) -> None:
         """Do it all. AssertionError if something that must happen does not."""
-        self.start_rabbitmq()
+        self.node.start()
         for _ in range(self.settings.workers):
             self.start_worker()
         for kind in self.plan:
@@ -232,7 +229,7 @@ class Run:
         """See to it that each worker takes a task now: as many tasks as it takes for all to have had one."""
         begin = time.monotonic()
         producer = self.start_producer()
-        while missing := [w for w in self.crew if all(doing.received < begin for doing in w.doings())]:
+        while missing := [w for w in self.crew if not w.doing or w.doing.received < begin]:
             assert time.monotonic() < begin + PATIENCE, f"takes no tasks any more: {missing[0].ending()}"
             tasks = [self.new_task(".") for _ in self.crew]
             producer.give(tasks)
@@ -308,7 +305,7 @@ class Run:
             case "rabbitmq-killed" | "rabbitmq-stopped":
                 fault.victim, fault.end = None, float("inf")
                 self.node.kill() if fault.kind == "rabbitmq-killed" else self.node.stop()
-                self.start_rabbitmq()
+                self.node.start()
                 fault.end = time.monotonic()
 
     def stop(self, workers: list[Worker]) -> None:
@@ -316,11 +313,6 @@ class Run:
         for worker in workers:
             worker.terminate()
         self.wait_until(lambda: not any(worker.running for worker in workers), "workers stop when they are told to", 20)
-
-    def start_rabbitmq(self) -> None:
-        """Start RabbitMQ, with the data that it had if it ran before."""
-        self.node.launch()  # and not start(): we want to notice Ctrl+C meanwhile
-        self.wait_until(lambda: answers_amqp("127.0.0.1", self.node.port), "RabbitMQ starts", 2 * PATIENCE)
 
     def start_worker(self) -> None:
         """Start a worker. Every other one is graceful."""
@@ -339,16 +331,15 @@ class Run:
 
     def taker_of(self, task: str) -> Worker:
         """Return the worker that has received a task, as soon as one has."""
-        takers = lambda: [w for w in self.crew if any(doing.task == task for doing in w.doings())]  # noqa: E731
-        self.wait_until(takers, f"a worker takes {task!r}")
-        return takers()[0]
+        takers = self.wait_until(lambda: [d.worker for d in self.doings if d.task == task], f"a worker takes {task!r}")
+        return takers[-1]
 
-    def wait_until(self, condition, what: str, within: float = PATIENCE) -> None:
-        """Return when condition() holds; AssertionError if it doesn't come to that in time."""
-        deadline = min(time.monotonic() + within, self.began + self.settings.limit)
-        while not condition():
-            assert not self.interrupted.is_set() and time.monotonic() < deadline, f"not in time: {what}"
-            time.sleep(0.02)
+    def wait_until(self, condition, what: str, within: float = PATIENCE):
+        """Return what condition() returns, once it holds; AssertionError if that takes too long, or on Ctrl+C."""
+        # In short steps: a fault must come while its victim is still at it.
+        found = wait_until(lambda: self.interrupted.is_set() or condition(), what, within, pause=0.01)
+        assert not self.interrupted.is_set(), "interrupted"
+        return found
 
     def counts(self, queue: str) -> tuple[int, int]:
         """Return how many tasks wait in a queue, and how many workers it has."""
@@ -362,7 +353,7 @@ class Run:
 
     def verdict(self) -> bool:
         """Print the table of faults, the tally, and what is wrong. Tell whether nothing is."""
-        doings = [doing for worker in self.workers for doing in worker.doings() if doing.done]
+        doings = [doing for doing in self.doings if doing.done]
         done = collections.Counter(doing.task for doing in doings)
         sent = [task for producer in self.producers for task in producer.sent()]
         lost = [task for task in sent if task not in done]
@@ -410,13 +401,11 @@ def arguments():
     parser.add_argument("--faults", type=int, help="how many faults (one for 50 tasks, and one of each kind)")
     parser.add_argument("--kinds", default=",".join(FAULTS), help="which faults, separated by commas (all)")
     parser.add_argument("--scripts", type=Path, default=ROOT, help="folder of the scripts to try (%(default)s)")
-    parser.add_argument("--limit", type=float, help="fail after so many seconds (120, and 10 for each fault)")
     found = parser.parse_args()
     found.kinds = found.kinds.split(",")
     if not set(found.kinds) <= set(FAULTS):
         parser.error(f"no such kind of fault. There are: {', '.join(FAULTS)}")
     found.faults = found.faults or max(found.tasks // 50, len(found.kinds))
-    found.limit = found.limit or 120 + 10 * found.faults
     return found
 
 

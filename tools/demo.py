@@ -10,11 +10,12 @@ import time
 from ast import literal_eval
 from collections import namedtuple
 from contextlib import suppress
+from functools import partial
 
 import rabbitmq
 from node import NodeError
 from pika.exceptions import AMQPError, ChannelClosedByBroker
-from processes import ROOT, Script, ignore_signals, raise_on_signals, wait_until
+from processes import ROOT, Line, Script, ignore_signals, raise_on_signals, wait_until
 
 sys.path.insert(0, str(ROOT))
 from task_queue import QUEUE, address
@@ -48,7 +49,6 @@ class Demo:
 
     def __init__(self):
         self.scripts: dict[int, Script] = {}  # shell -> what runs there, or ran last
-        self.shown = {1: 0, 2: 0, 3: 0}  # shell -> how many lines of that were shown
         self.task = {}  # shell -> the task of the last line that named one
         self.events: list[Event] = []
         self.tasks: list[str] = []  # all that new_task.py was asked to send
@@ -56,60 +56,47 @@ class Demo:
 
     def show(self, shell: int, line: str) -> None:
         """Print a line as a shell shows it."""
-        print(paint(SHELLS[shell], f"shell {shell} | ") + line, flush=True)
+        # As one piece, for shells print at the same time.
+        print(paint(SHELLS[shell], f"shell {shell} | ") + line + "\n", end="", flush=True)
 
-    def run(self, shell: int, script: str, *words: str) -> None:
+    def see(self, shell: int, line: Line) -> None:
+        """Show a line that a script has printed, and take note of it if it counts."""
+        self.show(shell, line.text)
+        if found := COUNTED.match(line.text):
+            if found["task"]:  # `Done` doesn't name it
+                self.task[shell] = literal_eval(found["task"])
+            self.events.append(Event(found["what"], self.task[shell], shell, bool(found["again"])))
+
+    def run(self, shell: int, script: str, *words: str) -> Script:
         """Start one of the two scripts in a shell."""
         self.show(shell, paint(TYPED, " ".join([f"$ {PYTHON}", script, *(f'"{word}"' for word in words)])))
-        self.scripts[shell], self.shown[shell] = Script(script, *words, url=None), 0
+        self.scripts[shell] = Script(script, *words, url=None, see=partial(self.see, shell))
+        return self.scripts[shell]
 
     def work(self, shell: int) -> None:
         """Start a worker and wait until it waits."""
-        self.run(shell, "worker.py")
-        self.until(lambda: "[*] Waiting" in str(self.scripts[shell]), f"the worker in shell {shell} waits for tasks")
+        self.run(shell, "worker.py").wait_for("[*] Waiting")
 
     def send(self, *tasks: str) -> None:
         """Send tasks from shell 3, one after the other; each must be reported sent."""
         for task in tasks:
             self.tasks.append(task)
-            self.run(3, "new_task.py", task)
-            self.until_ended(3)
+            self.run(3, "new_task.py", task).ends()
             assert self.of("Sent", task), f"new_task.py did not report {task!r} as sent"
 
     def ctrl_c(self, shell: int) -> None:
         """Press Ctrl+C in a shell and wait until its worker has ended."""
         self.show(shell, "^C")
         self.scripts[shell].ctrl_c()
-        self.until_ended(shell)
-
-    def look(self) -> None:
-        """Show what the shells have printed since the last look, and take note of what counts."""
-        new = [(line, shell) for shell, script in self.scripts.items() for line in script.lines[self.shown[shell] :]]
-        for line, shell in sorted(new):
-            self.shown[shell] += 1
-            self.show(shell, line.text)
-            if found := COUNTED.match(line.text):
-                if found["task"]:  # `Done` doesn't name it
-                    self.task[shell] = literal_eval(found["task"])
-                self.events.append(Event(found["what"], self.task[shell], shell, bool(found["again"])))
-
-    def until(self, condition, what: str) -> None:
-        """Show what the shells print until the condition holds; AssertionError if it doesn't in time."""
-        wait_until(lambda: self.look() or condition(), what)
-
-    def until_ended(self, shell: int) -> None:
-        """Wait until what runs in a shell has ended, and show all that it printed."""
         self.scripts[shell].ends()
-        self.look()
 
     def until_received(self, task: str, times: int = 1) -> Event:
         """Wait until workers have received the task so many times, and return the last one."""
-        self.until(lambda: len(self.of("Received", task)) >= times, f"{task!r} is received ({times})")
-        return self.of("Received", task)[-1]
+        return wait_until(lambda: self.of("Received", task)[times - 1 :], f"{task!r} is received ({times})")[-1]
 
     def until_done(self, *tasks: str) -> list[int]:
         """Wait until workers have done all the tasks, and return in which shells they were first received."""
-        self.until(lambda: all(self.of("Done", task) for task in tasks), "the tasks are done")
+        wait_until(lambda: all(self.of("Done", task) for task in tasks), "the tasks are done")
         return [self.of("Received", task)[0].shell for task in tasks]
 
     def of(self, what: str, task: str) -> list[Event]:

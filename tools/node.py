@@ -48,15 +48,12 @@ def free_port() -> int:
     It lies below the ports of outgoing connections: a node that is down for a moment must find its port free again.
     """
     port = random.randrange(10_000, 32_000)
-    try:
-        socket.create_connection(("localhost", port), timeout=1).close()
-    except OSError:
-        return port
-    return free_port()
+    with socket.socket() as probe:
+        return free_port() if probe.connect_ex(("127.0.0.1", port)) == 0 else port
 
 
 class Node:
-    """One node with its data, logs and process in `folder`.
+    """One node with its data, logs and process in `folder`, where an earlier command may have started it.
 
     port: where it listens for AMQP on 127.0.0.1; a free one by default.
     config: lines for rabbitmq.conf. advanced: an Erlang term for advanced.config. plugins: names to enable.
@@ -69,19 +66,9 @@ class Node:
         self.port, self.epmd_port, self.dist_port = port or free_port(), epmd_port or free_port(), free_port()
         self.config, self.advanced, self.plugins = config, advanced, plugins
         self.pid = self._process = None
-
-    @classmethod
-    def load(cls, folder, **settings) -> "Node":
-        """Return the node that an earlier command started in `folder`, or else a new one."""
-        node = cls(folder, **settings)
         with contextlib.suppress(FileNotFoundError):
-            vars(node).update(json.loads((node.folder / "node.json").read_text()))
-        return node
-
-    @property
-    def url(self) -> str:
-        """The AMQP URL of this node."""
-        return f"amqp://guest:guest@127.0.0.1:{self.port}/%2F"
+            vars(self).update(json.loads((self.folder / "node.json").read_text()))
+        self.url = f"amqp://guest:guest@127.0.0.1:{self.port}/%2F"
 
     @property
     def running(self) -> bool:
@@ -101,12 +88,11 @@ class Node:
     def launch(self) -> None:
         """Start the process without waiting for it, e.g. because other nodes of its cluster must start as well."""
         self._write_settings()
-        command = [find_programs() / "rabbitmq-server"]
         with (self.folder / "console.log").open("ab") as log:
             # In a session of its own: it outlives this process, and a Ctrl+C in this terminal is not meant for it.
+            settings = {"cwd": self.folder, "env": self._environment(), "start_new_session": True}
             streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            settings = {"cwd": self.folder, "env": self._environment()}
-            self._process = subprocess.Popen(command, start_new_session=True, **settings, **streams)
+            self._process = subprocess.Popen(find_programs() / "rabbitmq-server", **settings, **streams)
         self.pid = self._process.pid
         saved = {"pid": self.pid, "port": self.port, "epmd_port": self.epmd_port, "dist_port": self.dist_port}
         (self.folder / "node.json").write_text(json.dumps(saved))

@@ -30,12 +30,13 @@ class Script:
     """A running script. Its output is read line by line as it comes, into `lines`.
 
     command: the words behind `python`. url: AMQP_URL for it; None: as it is here. stdin: as for Popen; nothing by
-    default.
+    default. see: called with each line as it comes, on another thread.
     """
 
-    def __init__(self, *command: str, url: str | None, cwd=ROOT, stdin=subprocess.DEVNULL, environment=()):
+    def __init__(self, *command: str, url: str | None, cwd=ROOT, stdin=subprocess.DEVNULL, environment=(), see=None):
         self.name = " ".join(os.fsdecode(word) for word in command)
         self.lines: list[Line] = []
+        self._see = see or (lambda line: None)
         self._changed = threading.Condition()
         settings = {**os.environ, **({"AMQP_URL": url} if url else {}), **dict(environment)}
         pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -46,9 +47,11 @@ class Script:
             reader.start()
 
     def _read(self, stream: str, pipe) -> None:
-        for line in pipe:
+        for text in pipe:
+            line = Line(time.monotonic(), stream, text.decode(errors="backslashreplace").rstrip("\n"))
             with self._changed:
-                self.lines.append(Line(time.monotonic(), stream, line.decode(errors="backslashreplace").rstrip("\n")))
+                self.lines.append(line)
+                self._see(line)
                 self._changed.notify_all()
 
     def wait_for(self, text: str, times: int = 1, within: float = DEADLINE) -> Line:
@@ -87,9 +90,7 @@ class Script:
 
     def kill(self) -> None:
         """Send SIGKILL, as `kill -9` does, and wait for the end."""
-        if self.running:
-            self.process.kill()
-            self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
         self.process.wait()
 
     def output(self, stream: str = "stdout") -> list[str]:
@@ -101,13 +102,14 @@ class Script:
         return f"{self.name} (exit status {self.process.poll()}) printed\n{printed}"
 
 
-def wait_until(condition, what: str, within: float = DEADLINE) -> None:
-    """Return when condition() holds; AssertionError if it doesn't come to that in time."""
+def wait_until(condition, what: str, within: float = DEADLINE, pause: float = 0.05):
+    """Return what condition() returns, once it holds; AssertionError if it doesn't come to that in time."""
     deadline = time.monotonic() + within
-    while not condition():
+    while not (found := condition()):
         if time.monotonic() > deadline:
             raise AssertionError(f"{what}: not within {within} s")
-        time.sleep(0.05)
+        time.sleep(pause)
+    return found
 
 
 def raise_on_signals() -> None:

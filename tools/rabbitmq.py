@@ -15,8 +15,6 @@ FOLDER = ROOT / ".rabbitmq"  # where the private node keeps everything
 # The ports that RabbitMQ has everywhere: for AMQP, and for watching it (management UI, metrics for Prometheus).
 PORT = 5672
 WATCH_PORTS = {"management": 15672, "prometheus": 15692}
-# RabbitMQ tells how many tasks a queue holds as of five seconds ago. Who follows the tutorial wants to see what is.
-FRESH_FIGURES = "[{rabbit, [{quorum_tick_interval, 1000}]}]."
 # Prints one line on what is done about RabbitMQ.
 say = partial(print, "RabbitMQ:", flush=True)
 
@@ -65,17 +63,18 @@ def find() -> Node | Container | None:
     if answers_amqp("localhost", PORT):
         say(f"using the one that answers on localhost:{PORT}")
         return server
-    if not server and docker_answers():
+    if server:
+        return ready(server)
+    if docker_answers():
         say("starting it with Docker (docker compose up)")
         with suppress(NodeError):
             return ready(Container())
         say("Docker can't; going on without")
-    if not server:
-        see_programs()
-        if answers_amqp("localhost", PORT):  # a package that has just been installed may start its service
-            return find()
-        say(f"starting a private node, with its data in {FOLDER.name}/")
-    return ready(server or private_node())
+    see_programs()
+    if answers_amqp("localhost", PORT):  # a package that has just been installed may start its service
+        return find()
+    say(f"starting a private node, with its data in {FOLDER.name}/")
+    return ready(private_node())
 
 
 def ready(server: Node | Container) -> Node | Container:
@@ -87,16 +86,21 @@ def ready(server: Node | Container) -> Node | Container:
     return server
 
 
-def started() -> Node | Container | None:
-    """Return what was started here and still runs."""
-    return next((server for server in (private_node(), Container()) if server.running), None)
+def started(otherwise: str = "") -> Node | Container | None:
+    """Return what was started here and still runs. If nothing does, NodeError that names another command, if any."""
+    server = next((server for server in (private_node(), Container()) if server.running), None)
+    if otherwise and not server:
+        raise NodeError(f"no RabbitMQ runs that make started: make rabbitmq. For one of your own: sudo {otherwise}")
+    return server
 
 
 def private_node() -> Node:
     """Return the private node as an earlier command left it, or a new one that is not started yet."""
     config = "".join(f"{what}.tcp.ip = 127.0.0.1\n{what}.tcp.port = {port}\n" for what, port in WATCH_PORTS.items())
     plugins = [f"rabbitmq_{what}" for what in WATCH_PORTS]
-    return Node.load(FOLDER, port=PORT, config=config, advanced=FRESH_FIGURES, plugins=plugins)
+    # RabbitMQ tells how many tasks a queue holds as of five seconds ago. Who follows the tutorial wants to see what is.
+    fresh_figures = "[{rabbit, [{quorum_tick_interval, 1000}]}]."
+    return Node(FOLDER, port=PORT, config=config, advanced=fresh_figures, plugins=plugins)
 
 
 def see_programs() -> None:
@@ -104,13 +108,9 @@ def see_programs() -> None:
     try:
         find_programs()
     except NodeError:
-        if os.environ.get("RABBITMQ_BIN") or not install("rabbitmq-server", "procps"):  # procps, for ps
+        install = [ROOT / "tools" / "apt.sh", "rabbitmq-server", "procps"]  # procps, for ps
+        if os.environ.get("RABBITMQ_BIN") or subprocess.call(install):
             raise
-
-
-def install(*packages: str) -> bool:
-    """Install packages on Debian and Ubuntu. False where that can't be done, or fails."""
-    return subprocess.call([ROOT / "tools" / "apt.sh", *packages]) == 0
 
 
 def stop() -> None:
@@ -124,9 +124,7 @@ def stop() -> None:
 
 def kill() -> None:
     """Kill what was started here; its data stay."""
-    server = started()
-    if not server:
-        raise NodeError("this kills only a RabbitMQ that make started, and none runs. Stop yours, then: make rabbitmq")
+    server = started("systemctl kill --signal=SIGKILL rabbitmq-server")
     server.kill()
     say(f"killed the {type(server).__name__.lower()} on localhost:{PORT}")
 
@@ -134,9 +132,7 @@ def kill() -> None:
 def queues() -> None:
     """Show the queues of what was started here, in columns."""
     command = ["list_queues", "name", "messages_ready", "messages_unacknowledged", "consumers"]
-    server = started()
-    if not server:
-        raise NodeError(f"no RabbitMQ that make started runs. For your own one: sudo rabbitmqctl {' '.join(command)}")
+    server = started(f"rabbitmqctl {' '.join(command)}")
     rows = [line.split("\t") for line in server.ctl(*command).splitlines()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

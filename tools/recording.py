@@ -21,23 +21,23 @@ WIDTH, PADDING, TITLE_HEIGHT, LINE_HEIGHT, GAP = 720, 14, 34, 24, 14
 
 
 class Recorder:
-    """Three shells with the scripts that run in them, and what a person typed there."""
+    """Three shells, with what a person typed there and what the scripts that run in them printed."""
 
     def __init__(self, url: str):
         self.url = url
-        self.typed: dict[int, list[Line]] = {1: [], 2: [], 3: []}
-        self.scripts: list[tuple[int, Script]] = []
+        self.scripts: list[Script] = []
+        self.shown: dict[int, list[Line]] = {1: [], 2: [], 3: []}
 
     def type(self, shell: int, text: str) -> None:
         """Note what a person types in a shell."""
-        self.typed[shell].append(Line(time.monotonic(), "typed", text))
+        self.shown[shell].append(Line(time.monotonic(), "typed", text))
 
     def run(self, shell: int, *command: str) -> Script:
         """Start one of the two scripts in a shell, after a moment, and return it running."""
         time.sleep(BEFORE_A_COMMAND)
         self.type(shell, " ".join(["$ python", *command]))
-        self.scripts.append((shell, Script(*command, url=self.url)))
-        return self.scripts[-1][1]
+        self.scripts.append(Script(*command, url=self.url, see=self.shown[shell].append))
+        return self.scripts[-1]
 
     def play(self) -> None:
         """Play the scene: a worker is stopped in the middle of a task, and the other one does it."""
@@ -58,10 +58,6 @@ class Recorder:
         self.type(1, "$")
         second.wait_for("(redelivered)")
         second.wait_for("Done", times=2)
-
-    def shown(self, shell: int) -> list[Line]:
-        """Return the lines that a shell has shown, in order."""
-        return sorted(self.typed[shell] + [line for at, script in self.scripts if at == shell for line in script.lines])
 
 
 def draw(shells: dict[int, list[Line]]) -> str:
@@ -131,7 +127,7 @@ def main() -> int:
             if not found.url:
                 node.start()
             recorder.play()
-            found.output.write_text(draw({shell: recorder.shown(shell) for shell in (1, 2, 3)}))
+            found.output.write_text(draw(recorder.shown))
         except KeyboardInterrupt:
             return 130
         except (NodeError, AssertionError) as problem:
@@ -139,7 +135,7 @@ def main() -> int:
             return 1
         finally:
             ignore_signals()
-            for _, script in recorder.scripts:
+            for script in recorder.scripts:
                 script.kill()
             node.close()
     print(f"wrote {found.output}")

@@ -6,16 +6,25 @@ import socketserver
 import threading
 
 
-class Link:
+class Link(socketserver.BaseRequestHandler):
     """One connection through the proxy: what comes from each of its two ends goes to the other."""
 
-    def __init__(self, near: socket.socket, far: socket.socket):
-        self.held = {near: 0, far: 0}  # how many bytes have come from this end, and wait here
-        self.flowing = threading.Event()  # or else it is stalled
-        self.flowing.set()
-        self.is_cut = False
+    def handle(self) -> None:
+        # In a thread of its own for each connection; the server closes the near end afterwards.
+        near = self.request
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.server.target)) as far:
+            self.held = {near: 0, far: 0}  # how many bytes have come from this end, and wait here
+            self.flowing = threading.Event()  # or else it is stalled
+            if not self.server.silent:
+                self.flowing.set()
+            self.is_cut = False
+            self.server.links.append(self)
+            back = threading.Thread(target=self._pass_on, args=(far, near), daemon=True)
+            back.start()
+            self._pass_on(near, far)
+            back.join()
 
-    def pass_on(self, source: socket.socket, target: socket.socket) -> None:
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
         """Pass on what comes from one end, until it is closed; then close both."""
         with contextlib.suppress(OSError):
             while received := self._receive(source):
@@ -23,10 +32,9 @@ class Link:
         self.cut()
 
     def _receive(self, source: socket.socket) -> bytes:
-        try:
+        received = b""
+        with contextlib.suppress(OSError):
             received = source.recv(1 << 16)
-        except OSError:
-            received = b""
         # On a stalled link nothing gets on: no bytes, and no news of an end that is closed.
         self.held[source] = len(received)
         self.flowing.wait()
@@ -42,69 +50,50 @@ class Link:
         self.flowing.set()
 
 
-class TcpProxy:
+class TcpProxy(socketserver.ThreadingTCPServer):
     """Passes connections on to a port of this machine, until it is told to cut or stall them."""
 
-    def __init__(self, target: int):
-        self._target = target
-        self._links: list[Link] = []  # all that there ever were
-        self.silent = False  # whether nothing gets through on new connections
-        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), self._serve)
-        self._server.daemon_threads = True
-        self.port = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+    daemon_threads = True
 
-    @property
-    def url(self) -> str:
-        """The AMQP URL of RabbitMQ behind this proxy."""
-        return f"amqp://guest:guest@127.0.0.1:{self.port}/%2F"
+    def __init__(self, target: int):
+        super().__init__(("127.0.0.1", 0), Link)
+        self.target = target
+        self.links: list[Link] = []  # all that there ever were
+        self.silent = False  # whether nothing gets through on new connections
+        self.url = f"amqp://guest:guest@127.0.0.1:{self.server_address[1]}/%2F"  # of RabbitMQ behind it
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
     def accepted(self) -> int:
         """How many connections it has passed on, ever."""
-        return len(self._links)
+        return len(self.links)
 
     @property
-    def connections(self) -> int:
-        """How many connections are open through it."""
-        return len(self._open())
+    def connections(self) -> list[Link]:
+        """Those that are open."""
+        return [link for link in self.links if not link.is_cut]
 
     @property
     def held(self) -> int:
         """How many bytes wait at the stalled connections, as far as this side of the network can tell."""
-        return sum(sum(link.held.values()) for link in self._open() if not link.flowing.is_set())
+        return sum(sum(link.held.values()) for link in self.connections if not link.flowing.is_set())
 
     def cut(self) -> int:
         """Close every connection, as a router that restarts does. Return how many."""
-        links = self._open()
+        links = self.connections
         for link in links:
             link.cut()
         return len(links)
 
     def stall(self) -> int:
         """Let no more bytes through on the connections of now, and close nothing (half-open). Return how many."""
-        links = self._open()
+        links = self.connections
         for link in links:
             link.flowing.clear()
         return len(links)
 
     def close(self) -> None:
         """End the proxy and its connections."""
-        self._server.shutdown()
-        self._server.server_close()
+        self.shutdown()
+        self.server_close()
         self.cut()
-
-    def _open(self) -> list[Link]:
-        return [link for link in self._links if not link.is_cut]
-
-    def _serve(self, near: socket.socket, *_) -> None:
-        # In a thread of its own for each connection; the server closes `near` afterwards.
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._target)) as far:
-            link = Link(near, far)
-            if self.silent:
-                link.flowing.clear()
-            self._links.append(link)
-            back = threading.Thread(target=link.pass_on, args=(far, near), daemon=True)
-            back.start()
-            link.pass_on(near, far)
-            back.join()
