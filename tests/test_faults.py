@@ -10,7 +10,7 @@ import pytest
 from conftest import DONE, FOREVER, HIDDEN, WAITING, finish, refused, say, stop
 from processes import Script, wait_until
 
-from task_queue import QUEUE, address, dead_letters
+from task_queue import DEAD_LETTERS, QUEUE, address, dead_letters
 
 # A task that fails, or kills
 
@@ -43,23 +43,29 @@ def test_a_task_that_kills_its_workers_is_set_aside_after_ten_of_them(broker, sh
     assert broker.dead_letter()[0]["x-set-aside-after-deliveries"] == 10
 
 
-def test_a_task_that_cannot_be_set_aside_for_an_alarm_is_kept_until_it_can(broker, shells, worker_with):
-    settings = "address.BLOCKED_SECONDS = 2", "consumer.HOLD_SECONDS = 0.5"
-    script = worker_with("if task == b'bad': raise ValueError", *settings)
+def test_a_task_that_cannot_be_set_aside_is_kept_until_it_can(broker, shells, worker_with):
+    with broker.connect() as connection:  # a queue of that name with other settings, for instance
+        connection.channel().queue_declare(DEAD_LETTERS, durable=True, arguments={"x-max-length": 5})
+    worker = shells.start(worker_with("if task == b'bad': raise ValueError", "consumer.HOLD_SECONDS = 0.5"))
     shells.send("bad")
-    with broker.trouble():
-        worker = shells.start(script)
-        worker.wait_for("Can't set aside 'bad'")
-        worker.ctrl_c()
-        assert worker.ends(within=3) == 0
-        worker = shells.start(script)
-        worker.wait_for("Can't set aside 'bad'")
+    worker.wait_for("Can't set aside 'bad'")
+    broker.delete_queue(DEAD_LETTERS)
     worker.wait_for("Set aside 'bad'")
     shells.send("good")
     worker.wait_for(DONE)
     time.sleep(1)  # another attempt would be due
     assert worker.output("stderr")[-1].startswith(" [!] Set aside 'bad'")
     assert broker.dead_letter()[0]["x-set-aside-after-deliveries"] == 10
+
+
+def test_an_alarm_does_not_hang_a_worker_that_sets_a_task_aside(broker, shells, worker_with):
+    shells.send("bad")
+    with broker.trouble():
+        worker = shells.start(worker_with("raise ValueError", "address.BLOCKED_SECONDS = 2"))
+        worker.wait_for("Can't set aside 'bad'")
+        worker.ctrl_c()
+        assert worker.ends(within=3) == 0
+    broker.wait_for_ready(1)
 
 
 def test_a_failing_task_on_a_classic_queue_is_tried_with_pauses(broker, shells, worker_with):
@@ -97,7 +103,7 @@ def test_dead_letters_are_listed_often_and_sent_back(broker, shells, worker_with
         assert shells.dead_letters(command) == [" [*] No dead letters"]
 
 
-# A connection that ends
+# A worker that loses its connection or its queue, or must stop
 
 
 def test_a_task_whose_connection_was_cut_is_done_again(shells, proxy):
@@ -207,9 +213,6 @@ def test_a_signal_at_any_moment_ends_a_worker_in_good_order(broker, shells):
         assert worker.ends() == 0
         (line,) = worker.output("stderr")
         assert line.startswith(" [!] Stopped by")
-
-
-# Stopping in good order
 
 
 def test_a_graceful_worker_finishes_its_task_on_sigterm(broker, shells):
@@ -340,7 +343,7 @@ def test_a_task_larger_than_rabbitmq_accepts_is_refused_with_one_line(broker, sh
     assert "larger" in refused(shells.feed("fits", "x" * 2_000_001))
 
 
-# Several nodes, and who may talk to them
+# Several nodes, users, and an output that nobody takes
 
 
 def test_a_node_that_is_down_is_skipped(broker, shells):
@@ -381,9 +384,6 @@ def test_a_password_is_seen_nowhere(broker, shells):
 def test_a_user_without_permission_gets_one_line(broker, shells):
     with broker.user("bob:bob", configure="^$", write="^$", read="^$") as url:
         shells.both_refused("ACCESS_REFUSED", url=url)
-
-
-# What is printed, and can't be
 
 
 @pytest.mark.parametrize("where", ["| true", "> /dev/full", ">&-", "2>&- >&-"])

@@ -130,7 +130,7 @@ def test_headers_near_the_size_of_a_frame_do_not_keep_a_task_from_being_set_asid
     assert len(headers["x-set-aside-because"]) < 1000
 
 
-# What work() raises
+# What work() does
 
 ERRORS = {
     "raise SyntaxError('bad', ('t.txt', 3, '7', 'text'))": "SyntaxError: bad",
@@ -169,9 +169,6 @@ def test_whatever_work_raises_is_told_in_one_line(broker, shells, worker_with):
     assert all(line.startswith(known) and len(line) < 700 for line in worker.output("stderr"))
 
 
-# fork
-
-
 @pytest.mark.parametrize("leave", ["return", "sys.exit()", "raise ValueError", "os._exit(0)"])
 def test_a_process_that_work_forks_touches_no_task(broker, shells, worker_with, leave):
     worker = shells.start(worker_with(f"if os.fork() == 0: {leave}\nif task != b'one': time.sleep(60)"))
@@ -208,9 +205,6 @@ def test_the_death_of_a_worker_is_noticed_though_a_process_that_it_forked_lives(
     assert time.monotonic() - killed_at < 5
 
 
-# Output
-
-
 @pytest.mark.parametrize("harm", ["sys.stdout.close()", "sys.stdout = None", "sys.stdout = open(os.devnull, 'w')"])
 def test_what_work_does_to_standard_output_stops_nobody(broker, shells, worker_with, harm):
     worker = shells.start(worker_with(harm))
@@ -230,9 +224,6 @@ def test_a_long_task_is_shown_shortened_and_done_whole(broker, shells, worker_wi
     assert long.endswith("xxx'... (1000000 bytes)")
     assert max(len(long), len(short)) < 600
     assert {"1000000", "100000"} <= set(worker.output())
-
-
-# A task that can't be set aside
 
 
 @pytest.mark.parametrize("arguments", [[], ["--graceful"]], ids=["", "graceful"])
@@ -290,7 +281,7 @@ def test_a_graceful_worker_whose_standard_error_is_gone_finishes_its_task(broker
     assert worker.output()[-1] == DONE
 
 
-# A worker that can't work
+# What happens around a worker or a producer
 
 
 def test_a_worker_that_cannot_consume_backs_off_and_says_why_once(broker, shells, proxy):
@@ -321,9 +312,6 @@ def test_one_channel_is_enough(broker, shells):
     shells.worker(url=url).wait_for(DONE)
 
 
-# A producer
-
-
 def test_a_producer_that_was_stopped_for_long_goes_on(broker, shells, changed):
     # A pause of its own counts as STOPPED_SECONDS, whatever its length.
     impatient = changed("new_task", "publisher.GIVE_UP_SECONDS, publisher.STOPPED_SECONDS = 4, 2")
@@ -336,24 +324,12 @@ def test_a_producer_that_was_stopped_for_long_goes_on(broker, shells, changed):
     finish(producer, 2)
 
 
-def test_a_classic_queue_that_comes_between_two_looks_is_used(broker, shells, monkeypatch):
-    broker.delete_queue()
+def test_a_classic_queue_that_comes_behind_the_look_for_it_is_used(broker, monkeypatch):
+    broker.declare_anew(durable=True)
+    monkeypatch.setattr(declaration, "_exists", lambda *_: None)  # as the look was before that
     with broker.connect() as connection:
-        exists = declaration._exists
-
-        def somebody_is_faster(connection, queue):
-            found = exists(connection, queue)
-            if queue == QUEUE:
-                connection.channel().queue_declare(QUEUE, durable=True)
-            return found
-
-        monkeypatch.setattr(declaration, "_exists", somebody_is_faster)
         channel, counts = declaration.declare(connection, QUEUE)
-        assert channel.is_open
-        assert not counts
-
-
-# Ctrl+C while the program starts
+        assert (channel.is_open, counts) == (True, False)
 
 
 @pytest.mark.parametrize(

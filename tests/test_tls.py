@@ -1,7 +1,5 @@
 """amqps://: the server must prove who it is. The certificates are made here, for each run."""
 
-import urllib.parse
-
 import pytest
 from conftest import DONE
 
@@ -17,11 +15,6 @@ def test_a_server_that_the_systems_authorities_vouch_for_is_trusted(tls_shells, 
     trust = {"SSL_CERT_FILE": f"{tls.folder}/ca.pem"}
     tls_shells.send("task", environment=trust)
     tls_shells.worker(environment=trust).wait_for(DONE)
-
-
-def test_an_authority_can_be_named_in_the_url(tls_shells, tls):
-    options = urllib.parse.quote(str({"cafile": f"{tls.folder}/ca.pem"}))
-    tls_shells.send("task", url=f"{tls_shells.url}?ssl_options={options}")
 
 
 def test_a_server_of_an_unknown_authority_is_refused(tls_shells, tls):

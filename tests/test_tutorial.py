@@ -1,4 +1,7 @@
-"""The tutorial's experiments, on a real RabbitMQ, with the scripts as real processes."""
+"""The tutorial's experiments, on a real RabbitMQ, with the scripts as real processes.
+
+Those that the pages show are played by test_pages.py: round robin, for one.
+"""
 
 import re
 import signal
@@ -89,7 +92,7 @@ def test_a_task_is_persistent_and_says_what_it_is(broker, shells):
     assert first.message_id != second.message_id
 
 
-# Fair dispatch. The tasks that go round robin are on the pages, which test_pages.py plays.
+# Workers that are busy, or end
 
 
 def test_a_busy_worker_holds_one_task_and_the_free_one_takes_the_others(broker, shells):
@@ -98,9 +101,6 @@ def test_a_busy_worker_holds_one_task_and_the_free_one_takes_the_others(broker, 
     assert broker.ready() == 3
     assert_did(shells.worker(), "'Light 1'", "'Light 2'", "'Light 3'")
     assert busy.output() == [WAITING, f" [x] Received 'Heavy{FOREVER}'"]
-
-
-# Workers that end
 
 
 def redelivery(broker, shells, end, *arguments: str) -> tuple[Script, Script]:
