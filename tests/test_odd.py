@@ -226,12 +226,11 @@ def test_a_long_task_is_shown_shortened_and_done_whole(broker, shells, worker_wi
     assert {"1000000", "100000"} <= set(worker.output())
 
 
-@pytest.mark.parametrize("arguments", [[], ["--graceful"]], ids=["", "graceful"])
-def test_tasks_that_cannot_be_set_aside_stop_no_worker(broker, shells, worker_with, arguments):
+def test_tasks_that_cannot_be_set_aside_stop_no_worker(broker, shells, worker_with):
     script = worker_with("if task.startswith(b'bad'): raise ValueError")
     bad = [f"bad {number}" for number in range(3)]
     with broker.user("poor:poor", write="^(?!amq.default$).*") as url:  # it may not publish to the default exchange
-        one, two = workers = [shells.start(script, *arguments, url=url) for _ in range(2)]
+        one, two = workers = [shells.start(script, *options, url=url) for options in ([], ["--graceful"])]
         shells.send(*bad)
         wait_until(lambda: all(f"Can't set aside {task!r}" in f"{one}{two}" for task in bad), "all are held")
         shells.send("good 1", "good 2", "good 3", "good 4")
