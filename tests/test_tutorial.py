@@ -105,9 +105,12 @@ def test_a_busy_worker_holds_one_task_and_the_free_one_takes_the_others(broker, 
 
 def redelivery(broker, shells, end, *arguments: str) -> tuple[Script, Script]:
     """End a worker mid-task by end(worker): an idle one gets the task within a second. Return both."""
-    ended = shells.busy_worker("Long task..", *arguments)
+    ended = shells.worker(*arguments)
+    wait_until(lambda: broker.consumers() == 1, "RabbitMQ knows the first, which gets the task")
     idle = shells.worker("--graceful")
     wait_until(lambda: broker.consumers() == 2, "RabbitMQ knows both")
+    shells.send("Long task..")
+    ended.wait_for("Received")
     end(ended)
     at = time.monotonic()
     assert idle.wait_for("Received").at - at < 1
