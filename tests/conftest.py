@@ -1,11 +1,13 @@
 """What the tests share: a real RabbitMQ that they started themselves, and scripts run as real processes."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pika
 import pytest
@@ -16,6 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from node import Node, free_port  # noqa: E402
 from processes import DEADLINE, Script, wait_until  # noqa: E402
+from rabbitmq import docker_answers  # noqa: E402
 from tcp_proxy import TcpProxy  # noqa: E402
 
 from task_queue import DEAD_LETTERS, QUEUE, declaration  # noqa: E402
@@ -23,13 +26,15 @@ from task_queue import DEAD_LETTERS, QUEUE, declaration  # noqa: E402
 # Where the tests run in the background of a script, these two are ignored, and what the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
-
-LEFT_OUT = pytest.StashKey[int]()
+# It may be set here, and would hide that a script doesn't print each line at once into a pipe.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 WAITING = " [*] Waiting for messages. To exit press CTRL+C"
 DONE = " [x] Done"
 # Work that takes longer than any test.
 FOREVER = 60 * "."
+# A password that must never be shown.
+HIDDEN = "s3cret"
 
 # A worker or producer as its users would change it.
 CHANGED = """
@@ -48,7 +53,7 @@ def pytest_configure(config):
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(items):
     for item in items:
         # Tests that share a RabbitMQ that is killed, or three, run in one process, one after the other.
         for shared in ("mortal_node", "test_cluster.py", "test_compose.py"):
@@ -56,27 +61,11 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.xdist_group(shared))
     # What takes longest comes first: it must not be left alone at the end.
     items.sort(key=lambda item: item.path.name not in ("test_pages.py", "test_chaos.py"))
-    # The tests of the Compose files are left out where no Docker engine answers; the summary says so.
-    needing = [item for item in items if item.get_closest_marker("docker")]
-    if needing and not docker_answers():
-        items[:] = [item for item in items if item not in needing]
-        config.hook.pytest_deselected(items=needing)
-        config.stash[LEFT_OUT] = len(needing)
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    if left_out := config.stash.get(LEFT_OUT, 0):
-        terminalreporter.write_line(f"{left_out} tests of the Compose files left out: no Docker engine answers here.")
-
-
-def docker_answers() -> bool:
-    """Tell whether there is an engine behind the docker command, and Compose."""
-    try:
-        for command in (["docker", "info"], ["docker", "compose", "version"]):
-            subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return True
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("docker") and not docker_answers():
+        pytest.skip("no Docker engine answers here")  # from here, so that the summary has one line for all
 
 
 class Shells:
@@ -102,9 +91,19 @@ class Shells:
         worker.wait_for("[*] Waiting for messages")
         return worker
 
-    def both(self, url: str) -> list[Script]:
-        """Start the two scripts, for what both must refuse."""
-        return [self.start(script, url=url) for script in ("new_task.py", "worker.py")]
+    def busy_worker(self, task: str = "long" + FOREVER, *arguments: str, **settings) -> Script:
+        """Start a worker, send a task, and return the worker in the middle of it."""
+        worker = self.worker(*arguments, **settings)
+        self.send(task)
+        worker.wait_for("Received")
+        return worker
+
+    def both_refused(self, why: str, **settings) -> None:
+        """Start the two scripts. Each must refuse with one line that tells why, without the password."""
+        for script in ("new_task.py", "worker.py"):
+            line = refused(self.start(script, **settings))
+            assert why in line
+            assert HIDDEN not in line
 
     def new_task(self, *words: str, within: float = DEADLINE, **settings) -> Script:
         """Run new_task.py to its end."""
@@ -140,6 +139,13 @@ def say(producer: Script, *lines: str) -> None:
     producer.process.stdin.flush()
 
 
+def finish(producer: Script, number: int, within: float = DEADLINE) -> None:
+    """Type no more into a producer. It must report so many tasks sent, in all."""
+    producer.process.stdin.close()
+    assert producer.ends(within) == 0, str(producer)
+    assert producer.output() == [f" [x] Sent {number} tasks"]
+
+
 def refused(script: Script) -> str:
     """Wait for the exit status 1 with just one line of diagnosis, and return that line."""
     assert (script.ends(), script.output()) == (1, []), str(script)
@@ -148,17 +154,17 @@ def refused(script: Script) -> str:
     return line
 
 
-def stop(worker: Script, within: float = DEADLINE) -> None:
-    """Stop a worker with SIGTERM: it must end in good order."""
-    worker.terminate()
-    assert worker.ends(within) == 0
-    assert worker.output("stderr")[-1].startswith(" [!] Stopped by SIGTERM.")
+def stop(*workers: Script) -> None:
+    """Stop workers with SIGTERM: they must end in good order, within 6 s even when RabbitMQ doesn't answer."""
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        assert worker.ends(within=7) == 0
+        assert worker.output("stderr")[-1].startswith(" [!] Stopped by SIGTERM.")
 
 
 class Broker:
     """What a test asks RabbitMQ itself, as `rabbitmqctl list_queues` would tell it."""
-
-    wait_until = staticmethod(wait_until)
 
     def __init__(self, node: Node):
         self.node = node
@@ -249,31 +255,28 @@ class Broker:
 
 
 @pytest.fixture(scope="session")
-def authority(tmp_path_factory):
-    """The folder with ca.pem, of the authority that signs RabbitMQ's certificate, and other-ca.pem, of another."""
+def tls(tmp_path_factory):
+    """Where the RabbitMQ of all tests speaks TLS, as localhost and under no other name: a port.
+
+    And the folder with ca.pem, of the authority that signs its certificate, and other-ca.pem, of another.
+    """
     folder = tmp_path_factory.mktemp("certificates")
     ca = trustme.CA()
     ca.cert_pem.write_to_path(folder / "ca.pem")
     trustme.CA().cert_pem.write_to_path(folder / "other-ca.pem")
     server = ca.issue_cert("localhost")
     server.private_key_and_cert_chain_pem.write_to_path(folder / "server.pem")
-    return folder
+    return SimpleNamespace(port=free_port(), folder=folder)
 
 
 @pytest.fixture(scope="session")
-def tls_port():
-    """The port where the RabbitMQ of all tests speaks TLS, as localhost and under no other name."""
-    return free_port()
-
-
-@pytest.fixture(scope="session")
-def node(tmp_path_factory, authority, tls_port):
+def node(tmp_path_factory, tls):
     """One RabbitMQ for all tests that don't harm it. It looks every second for tasks that take too long."""
     config = f"""
-        listeners.ssl.1 = 127.0.0.1:{tls_port}
-        ssl_options.cacertfile = {authority}/ca.pem
-        ssl_options.certfile = {authority}/server.pem
-        ssl_options.keyfile = {authority}/server.pem
+        listeners.ssl.1 = 127.0.0.1:{tls.port}
+        ssl_options.cacertfile = {tls.folder}/ca.pem
+        ssl_options.certfile = {tls.folder}/server.pem
+        ssl_options.keyfile = {tls.folder}/server.pem
         max_message_size = 2000000
     """
     ticks = "[{rabbit, [{channel_tick_interval, 1000}, {quorum_tick_interval, 1000}]}]."

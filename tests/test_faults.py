@@ -1,16 +1,16 @@
 """Whatever dies, no task is lost: each test brings a fault about for real and sees that it took place."""
 
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
 
-import pika
 import pytest
-from conftest import DONE, FOREVER, WAITING, refused, say, stop
+from conftest import DONE, FOREVER, HIDDEN, WAITING, finish, refused, say, stop
 from processes import Script, wait_until
 
-from task_queue import DEAD_LETTERS, address, dead_letters
+from task_queue import DEAD_LETTERS, QUEUE, address, dead_letters
 
 # A task that fails, or kills
 
@@ -21,9 +21,6 @@ def test_a_task_that_raises_is_tried_ten_times_and_set_aside(broker, shells, wor
     worker.wait_for("Set aside 'bad'")
     assert len([line for line in worker.output() if "Received 'bad'" in line]) == 10
     assert DONE not in worker.output()
-    failures = [line for line in worker.output("stderr") if "Failed 'bad'" in line]
-    assert len(failures) == 9
-    assert re.search(r" \[!\] Failed 'bad': ValueError: no such\\nfile \(.*own_worker.py:8\)", failures[0])
     headers, _, _ = broker.dead_letter()
     assert headers["x-set-aside-because"].startswith("ValueError: no such\\nfile")
     assert headers["x-set-aside-after-deliveries"] == 10
@@ -55,11 +52,9 @@ def test_a_task_that_cannot_be_set_aside_is_kept_until_it_can(broker, shells, wo
     broker.delete_queue(DEAD_LETTERS)
     worker.wait_for("Set aside 'bad'")
     shells.send("good")
-    worker.wait_for("[x] Done")
-    later = time.monotonic() + 1
-    wait_until(lambda: time.monotonic() > later, "another attempt would have been due")
+    worker.wait_for(DONE)
+    time.sleep(1)  # another attempt would be due
     assert worker.output("stderr")[-1].startswith(" [!] Set aside 'bad'")
-    assert broker.ready(DEAD_LETTERS) == 1
     assert broker.dead_letter()[0]["x-set-aside-after-deliveries"] == 10
 
 
@@ -67,24 +62,10 @@ def test_an_alarm_does_not_hang_a_worker_that_sets_a_task_aside(broker, shells, 
     shells.send("bad")
     with broker.trouble():
         worker = shells.start(worker_with("raise ValueError", "address.BLOCKED_SECONDS = 2"))
-        worker.wait_for("Failed 'bad'", times=9)
         worker.wait_for("Can't set aside 'bad'")
         worker.ctrl_c()
         assert worker.ends(within=3) == 0
     broker.wait_for_ready(1)
-
-
-def test_a_dead_letter_keeps_what_it_had_and_neither_expires_nor_multiplies(broker, shells, worker_with):
-    with broker.connect() as connection:
-        headers = {"x-request": "7", "CC": ["task_queue"]}
-        properties = pika.BasicProperties(expiration="20000", user_id="guest", message_id="m", headers=headers)
-        connection.channel().basic_publish("", "task_queue", b"bad", properties)
-    worker = shells.start(worker_with("raise ValueError('x' * 1_000_000)"))
-    worker.wait_for("Set aside 'bad'")
-    headers, properties, body = broker.dead_letter()
-    assert (body, properties.message_id, properties.expiration) == (b"bad", "m", None)
-    assert headers["x-request"] == "7"
-    assert "CC" not in headers
 
 
 def test_a_failing_task_on_a_classic_queue_is_tried_with_pauses(broker, shells, worker_with):
@@ -96,11 +77,10 @@ def test_a_failing_task_on_a_classic_queue_is_tried_with_pauses(broker, shells, 
 
 
 def test_handing_back_does_not_count_where_rabbitmq_can_tell(broker, shells):
-    shells.send("long" + FOREVER)
-    for _ in range(2):
-        worker = shells.worker()
-        worker.wait_for("Received")
-        stop(worker)
+    stop(shells.busy_worker())
+    worker = shells.worker()
+    worker.wait_for("(redelivered)")
+    stop(worker)
     broker.wait_for_ready(1)
     ((method, properties, _),) = broker.take(1)
     assert method.redelivered
@@ -113,44 +93,22 @@ def test_dead_letters_are_listed_often_and_sent_back(broker, shells, worker_with
     failing = shells.start(worker_with("raise ValueError"))
     failing.wait_for("Set aside")
     failing.kill()
-    story = r" \[x\] 'bad \\x1b\[31m', set aside [-0-9]+ [:0-9]+ after 10 deliveries: ValueError \(.*\)"
     monkeypatch.setenv("AMQP_URL", broker.url)
     for _ in range(25):  # RabbitMQ drops what it has delivered more than 20 times
         dead_letters.list_or_requeue("list")
-        assert re.fullmatch(story, capfd.readouterr().out.strip("\n"))
-    (listed,) = shells.dead_letters("list")
-    assert re.fullmatch(story, listed)
+        assert capfd.readouterr().out.startswith(r" [x] 'bad \x1b[31m', set aside 2")
     assert shells.dead_letters("requeue") == [r" [x] Requeued 'bad \x1b[31m'"]
-    worker = shells.worker()
-    worker.wait_for(DONE)
-    assert worker.output()[1] == r" [x] Received 'bad \x1b[31m'"
-    assert worker.output("stderr") == []
+    assert broker.tasks(1) == [b"bad \x1b[31m"]
     for command in ("list", "requeue"):
         assert shells.dead_letters(command) == [" [*] No dead letters"]
 
 
-# A connection that ends
+# A worker that loses its connection or its queue, or must stop
 
 
-@pytest.mark.parametrize("by", ["the network", "RabbitMQ"])
-def test_a_worker_comes_back_after_its_connection_was_cut(broker, shells, proxy, by):
-    worker = shells.worker(url=proxy.url)
-    if by == "RabbitMQ":
-        broker.node.ctl("close_all_connections", "maintenance")
-    else:
-        assert proxy.cut() == 1
-    worker.wait_for(WAITING, times=2, within=5)
-    shells.send("after")
-    worker.wait_for(DONE)
-    (line,) = worker.output("stderr")
-    assert re.fullmatch(r" \[!\] Lost RabbitMQ \(.+\)\. Reconnecting\.", line)
-    assert ("maintenance" in line) == (by == "RabbitMQ")
-
-
-def test_a_task_whose_connection_was_cut_is_done_again(broker, shells, proxy):
-    worker = shells.worker(url=proxy.url)
-    shells.send("three...", "next")
-    worker.wait_for("Received 'three...'")
+def test_a_task_whose_connection_was_cut_is_done_again(shells, proxy):
+    worker = shells.busy_worker("three...", url=proxy.url)
+    shells.send("next")
     assert proxy.cut() == 1
     said = worker.wait_for("This task will be done again", within=2)
     finished = worker.wait_for(DONE)
@@ -159,12 +117,12 @@ def test_a_task_whose_connection_was_cut_is_done_again(broker, shells, proxy):
     worker.wait_for("Received 'next'")
     worker.wait_for(DONE, times=3)
     assert len(worker.output("stderr")) == 1
+    assert proxy.cut() == 1  # and now while it waits
+    worker.wait_for(WAITING, times=3, within=5)
 
 
-def test_a_connection_that_is_silently_dead_is_noticed(broker, shells, proxy):
-    worker = shells.worker(url=proxy.url + "?heartbeat=1")
-    shells.send("long" + FOREVER)
-    worker.wait_for("Received")
+def test_a_connection_that_is_silently_dead_is_noticed(shells, proxy):
+    worker = shells.busy_worker(url=proxy.url + "?heartbeat=1")
     assert proxy.stall() == 1
     worker.wait_for("This task will be done again", within=2 * (1 + 5) + 5)
     other = shells.worker()
@@ -177,11 +135,31 @@ def test_heartbeats_come_every_20_seconds_unless_the_url_says_otherwise(monkeypa
         assert address.nodes("test")[0].heartbeat == seconds
 
 
+def test_a_queue_that_rabbitmq_cannot_bring_back_is_told_once(mortal, mortal_shells):
+    if not mortal.node.ctl("version").startswith("3."):
+        pytest.skip("only RabbitMQ 3 loses a queue that was deleted just before a kill, and declared again")
+    mortal.delete_queue()
+    mortal.node.kill()
+    mortal.node.start()
+    mortal_shells.worker().kill()  # it has declared the queue, and waited until that is on disk
+    mortal.node.kill()
+    mortal.node.start()
+    worker = mortal_shells.start("worker.py")
+    worker.wait_for(WAITING, times=5)
+    (line,) = worker.output("stderr")
+    assert line.startswith(" [!] RabbitMQ can't serve the queue 'task_queue' (INTERNAL_ERROR (541)): its log tells")
+    waits = [line.at for line in worker.lines if line.text == WAITING]
+    assert waits[4] - waits[3] > 1  # it was 0.5 s at first
+    mortal.node.ctl("delete_queue", QUEUE)  # what the line advises
+    mortal_shells.send("task")
+    worker.wait_for(DONE, within=15)
+    mortal.node.kill()
+    shutil.rmtree(mortal.node.folder / "data")  # with it, each kill would make the queue unusable from now on
+
+
 @pytest.mark.parametrize("how", ["stop", "kill"])
 def test_workers_wait_for_a_rabbitmq_that_goes_and_comes_back(mortal, mortal_shells, how):
-    busy = mortal_shells.worker()
-    mortal_shells.send("in hand......")
-    busy.wait_for("Received")
+    busy = mortal_shells.busy_worker("in hand......")
     idle = mortal_shells.worker()
     getattr(mortal.node, how)()
     assert not mortal.node.running
@@ -200,31 +178,29 @@ def test_workers_wait_for_a_rabbitmq_that_goes_and_comes_back(mortal, mortal_she
     assert line.startswith(f" [!] can't reach RabbitMQ at 127.0.0.1:{mortal.node.port} (Connection refused)")
 
 
-@pytest.mark.parametrize(("task", "told"), [("", "was deleted. Declaring it again."), ("two..", "")])
-def test_a_deleted_queue_is_declared_again(broker, shells, task, told):
+def test_a_deleted_queue_is_declared_again(broker, shells):
     worker = shells.worker()
-    if task:
-        shells.send(task)
-        worker.wait_for("Received")
     wait_until(lambda: broker.consumers() == 1, "RabbitMQ knows the worker")
     broker.delete_queue()
     worker.wait_for(WAITING, times=2)
+    assert worker.output("stderr") == [" [!] The queue 'task_queue' was deleted. Declaring it again."]
+    shells.send("two..")
+    worker.wait_for("Received")
+    broker.delete_queue()  # now in the middle of a task
+    worker.wait_for(WAITING, times=3)
     shells.send("after")
     worker.wait_for("Received 'after'")
-    worker.wait_for(DONE, times=2 if task else 1)
-    if told:
-        assert worker.output("stderr") == [f" [!] The queue 'task_queue' {told}"]
+    worker.wait_for(DONE, times=2)
 
 
 def test_a_task_longer_than_the_ack_timeout_is_explained_and_work_goes_on(broker, shells):
     timeout = "application:set_env(rabbit, consumer_timeout, {}).".format  # 30 minutes, usually
-    with broker.trouble(("eval", timeout(2000)), ("eval", timeout(1_800_000))):
-        worker = shells.worker()
-        shells.send("long........")
+    with broker.trouble(("eval", timeout(1000)), ("eval", timeout(1_800_000))):
+        worker = shells.busy_worker("long.....")
         worker.wait_for(DONE)
         worker.wait_for("longer than consumer_timeout")
         worker.wait_for(WAITING, times=2)
-        worker.wait_for("Received 'long........' (redelivered)")
+        worker.wait_for("Received 'long.....' (redelivered)")
 
 
 def test_a_signal_at_any_moment_ends_a_worker_in_good_order(broker, shells):
@@ -239,13 +215,9 @@ def test_a_signal_at_any_moment_ends_a_worker_in_good_order(broker, shells):
         assert line.startswith(" [!] Stopped by")
 
 
-# Stopping in good order
-
-
 def test_a_graceful_worker_finishes_its_task_on_sigterm(broker, shells):
-    worker = shells.worker("--graceful")
-    shells.send("three...", "next")
-    worker.wait_for("Received")
+    worker = shells.busy_worker("three...", "--graceful")
+    shells.send("next")
     worker.terminate()
     assert worker.ends() == 0
     assert worker.output()[1:] == [" [x] Received 'three...'", DONE]
@@ -253,15 +225,23 @@ def test_a_graceful_worker_finishes_its_task_on_sigterm(broker, shells):
     broker.wait_for_ready(1)  # just the other task
 
 
-@pytest.mark.parametrize("second", [Script.ctrl_c, Script.terminate])
-def test_a_second_signal_ends_a_graceful_worker_at_once(broker, shells, second):
-    worker = shells.worker("--graceful")
-    shells.send("long" + FOREVER)
-    worker.wait_for("Received")
-    worker.terminate()
-    worker.wait_for("will stop")
+@pytest.mark.parametrize(
+    ("arguments", "first", "second"),
+    [
+        ([], Script.ctrl_c, Script.terminate),
+        (["--graceful"], Script.terminate, Script.ctrl_c),
+        (["--graceful"], Script.terminate, Script.terminate),
+    ],
+)
+def test_a_second_signal_ends_a_worker_at_once(broker, shells, proxy, arguments, first, second):
+    worker = shells.busy_worker("long" + FOREVER, *arguments, url=proxy.url)
+    assert proxy.stall() == 1  # RabbitMQ does not answer now, so the worker can't hand its task back
+    first(worker)
+    if arguments:
+        worker.wait_for("will stop")
     second(worker)
-    assert worker.ends(within=3) == 0
+    assert worker.ends(within=2) == 0
+    assert proxy.cut() == 1
     broker.wait_for_ready(1)
 
 
@@ -275,20 +255,10 @@ def test_a_producer_resends_what_is_unconfirmed_after_a_cut(broker, shells, prox
     say(producer, "two")
     wait_until(lambda: proxy.held > 0, "the second task is under way")
     assert proxy.cut() == 1
-    producer.process.stdin.close()
-    assert producer.ends() == 0
-    assert producer.output() == [" [x] Sent 2 tasks"]
+    finish(producer, 2)
     assert broker.ready() == 2
     (line,) = producer.output("stderr")
     assert "Reconnecting, to send again what is not confirmed" in line
-
-
-def test_a_producer_that_is_killed_midway_has_lost_nothing_it_reported(broker, shells):
-    producer = shells.feed("one")
-    broker.wait_for_ready(1)
-    producer.kill()
-    assert broker.ready() == 1
-    assert "Sent" not in str(producer)
 
 
 def test_a_producer_waits_for_a_rabbitmq_that_restarts_midway(mortal, mortal_shells):
@@ -298,9 +268,7 @@ def test_a_producer_waits_for_a_rabbitmq_that_restarts_midway(mortal, mortal_she
     say(producer, "two", "three")
     producer.wait_for("Trying for up to 60 s")
     mortal.node.start()
-    producer.process.stdin.close()
-    assert producer.ends() == 0
-    assert producer.output() == [" [x] Sent 3 tasks"]
+    finish(producer, 3)
     mortal.wait_for_ready(3)
 
 
@@ -335,9 +303,7 @@ def test_a_nacked_task_is_sent_again(broker, shells):
             sent += 1
             time.sleep(0.01)  # no hope in it: it is the rate at which tasks come
         worker = shells.worker()
-        producer.process.stdin.close()
-        assert producer.ends() == 0
-    assert producer.output() == [f" [x] Sent {sent} tasks"]
+        finish(producer, sent)
     worker.wait_for(DONE, times=sent)
     assert {f" [x] Received 'task {number}'" for number in range(sent)} <= set(worker.output())
 
@@ -352,11 +318,12 @@ def test_a_task_that_rabbitmq_gives_back_is_not_reported_sent(broker, shells):
     assert "The first 1 lines are confirmed" in line  # RabbitMQ confirms also what it gives back: that doesn't count
 
 
-def test_an_alarm_that_lasts_ends_a_producer_within_30_seconds(broker, shells):
+def test_an_alarm_that_lasts_ends_a_producer_within_30_seconds(broker, shells, monkeypatch):
+    """After 25 seconds, unless the URL says otherwise, as it does here: two seconds save time."""
+    monkeypatch.setenv("AMQP_URL", broker.url)
+    assert address.nodes("test")[0].blocked_connection_timeout == 25
     with broker.trouble():
-        start = time.monotonic()
-        producer = shells.new_task("task", within=60)
-        assert time.monotonic() - start < 30
+        producer = shells.new_task("task", url=f"{broker.url}?blocked_connection_timeout=2", within=15)
     assert (producer.process.returncode, producer.output()) == (1, [])
     assert all("memory" in line for line in producer.output("stderr"))
 
@@ -366,10 +333,9 @@ def test_an_alarm_that_passes_delays_a_producer(broker, shells):
         producer = shells.start("new_task.py", "task")
         producer.wait_for("disk")
         with pytest.raises(AssertionError, match="did not end"):
-            producer.ends(within=3)
+            producer.ends(within=1)
         assert producer.output() == []  # not before RabbitMQ has confirmed it
-    assert producer.ends() == 0
-    assert producer.output() == [" [x] Sent 'task'"]
+    assert (producer.ends(), producer.output()) == (0, [" [x] Sent 'task'"])
     assert broker.ready() == 1
 
 
@@ -377,7 +343,7 @@ def test_a_task_larger_than_rabbitmq_accepts_is_refused_with_one_line(broker, sh
     assert "larger" in refused(shells.feed("fits", "x" * 2_000_001))
 
 
-# Several nodes, and who may talk to them
+# Several nodes, users, and an output that nobody takes
 
 
 def test_a_node_that_is_down_is_skipped(broker, shells):
@@ -396,7 +362,7 @@ def test_workers_try_the_nodes_in_random_order(monkeypatch):
 
 
 def test_a_password_is_seen_nowhere(broker, shells):
-    with broker.user("alice:s3cr3t-word") as url:
+    with broker.user(f"alice:{HIDDEN}") as url:
         worker = shells.worker(url=url)
         task = shells.new_task("task", url=url)
         worker.wait_for(DONE)
@@ -405,21 +371,19 @@ def test_a_password_is_seen_nowhere(broker, shells):
         assert "worker.py" in clients
         assert "alice" in clients
         broker.node.ctl("close_all_connections", "maintenance")
+        line = worker.wait_for("maintenance").text
+        assert re.fullmatch(r" \[!\] Lost RabbitMQ \(.+\)\. Reconnecting\.", line)
         worker.wait_for(WAITING, times=2)
         broker.node.ctl("change_password", "alice", "another")
         broker.node.ctl("close_all_connections", "maintenance")
         assert worker.ends() == 1
         for text in (str(worker), str(task), clients, command):
-            assert "s3cr3t-word" not in text
+            assert HIDDEN not in text
 
 
 def test_a_user_without_permission_gets_one_line(broker, shells):
     with broker.user("bob:bob", configure="^$", write="^$", read="^$") as url:
-        for script in shells.both(url):
-            assert "ACCESS_REFUSED" in refused(script)
-
-
-# What is printed, and can't be
+        shells.both_refused("ACCESS_REFUSED", url=url)
 
 
 @pytest.mark.parametrize("where", ["| true", "> /dev/full", ">&-", "2>&- >&-"])

@@ -1,30 +1,17 @@
-"""The tutorial's experiments, on a real RabbitMQ, with the scripts as real processes."""
+"""The tutorial's experiments, on a real RabbitMQ, with the scripts as real processes.
+
+Those that the pages show are played by test_pages.py: round robin, for one.
+"""
 
 import re
 import signal
 import time
 
 import pytest
-from conftest import DONE, FOREVER, WAITING, refused, stop
-from pika.exceptions import ChannelClosedByBroker
+from conftest import DONE, FOREVER, WAITING, stop
 from processes import Script, wait_until
 
-from task_queue import QUEUE
-
-# What declaration() returns for the queue that the tutorials of all languages declare.
-OUR_DECLARATION = f'{QUEUE}\ttrue\t[{{"x-queue-type","quorum"}}]'
-
-
-def worker_number(number: int, broker, shells, *arguments: str) -> Script:
-    """Start a worker, and return it when RabbitMQ knows so many."""
-    worker = shells.worker(*arguments)
-    wait_until(lambda: broker.consumers() == number, f"RabbitMQ knows {number} workers")
-    return worker
-
-
-def held_tasks(broker) -> int:
-    """How many tasks the workers hold, at this moment: what RabbitMQ tells of a queue is up to five seconds old."""
-    return sum(map(int, broker.node.ctl("list_channels", "messages_unacknowledged", "--no-table-headers").split()))
+from task_queue import QUEUE, declaration
 
 
 def assert_did(worker: Script, *tasks: str) -> None:
@@ -42,20 +29,6 @@ def assert_acknowledged(worker: Script, broker) -> None:
     """Stop a worker: a task that it has not acknowledged would be in the queue then."""
     stop(worker)
     assert broker.ready() == 0
-
-
-def queue_exists(broker) -> bool:
-    with broker.connect() as connection:
-        try:
-            return bool(connection.channel().queue_declare(QUEUE, passive=True))
-        except ChannelClosedByBroker:
-            return False
-
-
-def declaration(broker) -> str:
-    """Return name, durability and arguments of the queue as RabbitMQ tells them, nothing if there is no such queue."""
-    queues = broker.node.ctl("list_queues", "name", "durable", "arguments", "--no-table-headers").splitlines()
-    return "".join(queue for queue in queues if queue.startswith(f"{QUEUE}\t"))
 
 
 # Sending and receiving
@@ -79,13 +52,6 @@ def declaration(broker) -> str:
 def test_words_are_one_task_and_no_words_a_greeting(broker, shells, words, task):
     assert_sent(shells.new_task(*words), task)
     assert [repr(body.decode()) for body in broker.tasks(1)] == [task]
-
-
-def test_each_line_is_printed_at_once_into_a_pipe(broker, shells):
-    worker = shells.worker(environment={"PYTHONUNBUFFERED": ""})  # which may be set here, and would hide a fault
-    shells.send("First message." + FOREVER)
-    worker.wait_for("Received")
-    assert worker.running
 
 
 def test_a_task_that_is_not_utf_8_is_done_and_acknowledged(broker, shells):
@@ -126,31 +92,23 @@ def test_a_task_is_persistent_and_says_what_it_is(broker, shells):
     assert first.message_id != second.message_id
 
 
-# Round robin, and fair dispatch
-
-
-def test_tasks_go_round_robin_to_two_workers(broker, shells):
-    one, two = (worker_number(number, broker, shells) for number in (1, 2))
-    shells.send("First message.", "Second message..", "Third message...", "Fourth message....")
-    assert_did(one, "'First message.'", "'Third message...'")
-    assert_did(two, "'Second message..'", "'Fourth message....'")
+# Workers that are busy, or end
 
 
 def test_a_busy_worker_holds_one_task_and_the_free_one_takes_the_others(broker, shells):
-    busy = shells.worker()
-    shells.send("Heavy" + FOREVER, "Light 1", "Light 2", "Light 3")
-    busy.wait_for("Received")
-    assert (held_tasks(broker), broker.ready()) == (1, 3)
+    busy = shells.busy_worker("Heavy" + FOREVER)
+    shells.send("Light 1", "Light 2", "Light 3")
+    assert broker.ready() == 3
     assert_did(shells.worker(), "'Light 1'", "'Light 2'", "'Light 3'")
     assert busy.output() == [WAITING, f" [x] Received 'Heavy{FOREVER}'"]
 
 
-# Workers that end
-
-
-def redelivery(broker, shells, end, *arguments: str) -> Script:
-    """End a worker mid-task by end(worker): an idle one gets the task within a second. Return the one that ended."""
-    ended, idle = worker_number(1, broker, shells, *arguments), worker_number(2, broker, shells)
+def redelivery(broker, shells, end, *arguments: str) -> tuple[Script, Script]:
+    """End a worker mid-task by end(worker): an idle one gets the task within a second. Return both."""
+    ended = shells.worker(*arguments)
+    wait_until(lambda: broker.consumers() == 1, "RabbitMQ knows the first, which gets the task")
+    idle = shells.worker("--graceful")
+    wait_until(lambda: broker.consumers() == 2, "RabbitMQ knows both")
     shells.send("Long task..")
     ended.wait_for("Received")
     end(ended)
@@ -159,11 +117,11 @@ def redelivery(broker, shells, end, *arguments: str) -> Script:
     assert_did(idle, "'Long task..' (redelivered)")
     ended.ends()
     assert ended.output() == [WAITING, " [x] Received 'Long task..'"]
-    return ended
+    return ended, idle
 
 
 def test_a_killed_workers_task_goes_to_another_worker(broker, shells):
-    killed = redelivery(broker, shells, Script.kill)
+    killed, _ = redelivery(broker, shells, Script.kill)
     assert (killed.process.returncode, killed.output("stderr")) == (-signal.SIGKILL, [])
 
 
@@ -172,33 +130,13 @@ def test_a_killed_workers_task_goes_to_another_worker(broker, shells):
     [(Script.ctrl_c, "Ctrl+C", []), (Script.terminate, "SIGTERM", []), (Script.ctrl_c, "Ctrl+C", ["--graceful"])],
     ids=["Ctrl+C", "SIGTERM", "Ctrl+C and --graceful"],
 )
-def test_a_signal_hands_the_task_back(broker, shells, end, name, arguments):
-    stopped = redelivery(broker, shells, end, *arguments)
-    assert stopped.process.returncode == 0
-    assert stopped.output("stderr") == [f" [!] Stopped by {name}. The task in hand goes back to the queue."]
-
-
-@pytest.mark.parametrize(
-    ("end", "name", "arguments"),
-    [(Script.ctrl_c, "Ctrl+C", []), (Script.terminate, "SIGTERM", []), (Script.terminate, "SIGTERM", ["--graceful"])],
-    ids=["Ctrl+C", "SIGTERM", "SIGTERM and --graceful"],
-)
-def test_an_idle_worker_stops_with_one_line(broker, shells, end, name, arguments):
-    worker = shells.worker(*arguments)
-    end(worker)
-    assert worker.ends(within=3) == 0
-    assert worker.output() == [WAITING]
-    assert worker.output("stderr") == [f" [!] Stopped by {name}."]
-
-
-def test_a_second_signal_ends_the_worker_at_once(proxy, broker, shells):
-    worker = shells.worker(url=proxy.url)
-    shells.send("Long task" + FOREVER)
-    worker.wait_for("Received")
-    assert proxy.stall() == 1  # RabbitMQ does not answer now, so the worker can't hand its task back
-    worker.ctrl_c()
-    worker.terminate()
-    assert worker.ends(within=2) == 0
+def test_a_signal_stops_a_worker_with_one_line_and_hands_its_task_back(broker, shells, end, name, arguments):
+    busy, idle = redelivery(broker, shells, end, *arguments)
+    assert busy.process.returncode == 0
+    assert busy.output("stderr") == [f" [!] Stopped by {name}. The task in hand goes back to the queue."]
+    end(idle)
+    assert idle.ends(within=3) == 0
+    assert idle.output("stderr") == [f" [!] Stopped by {name}."]
 
 
 def test_rabbitmq_logs_no_warning_about_a_task_that_is_sent(broker, shells):
@@ -227,18 +165,10 @@ def test_a_task_longer_than_the_heartbeat_is_done_once(broker, shells):
 # The queue
 
 
-def test_the_durable_classic_queue_of_an_older_tutorial_is_used_as_it_is(broker, shells):
-    broker.declare_anew(durable=True)
-    shells.send("First message.")
-    assert_did(shells.worker(), "'First message.'")
-    assert "quorum" not in declaration(broker)
-
-
 @pytest.mark.parametrize("arguments", [{"x-max-length": 10}, {"x-queue-type": "quorum", "x-delivery-limit": 3}])
 def test_a_queue_with_other_settings_is_refused(broker, shells, arguments):
     broker.declare_anew(durable=True, arguments=arguments)
-    for script in shells.both(broker.url):
-        assert "the queue 'task_queue' exists with other settings than ours" in refused(script)
+    shells.both_refused("the queue 'task_queue' exists with other settings than ours")
 
 
 def test_a_task_survives_rabbitmqs_death_in_the_queue_that_new_task_has_just_created(mortal, mortal_shells):
@@ -247,13 +177,13 @@ def test_a_task_survives_rabbitmqs_death_in_the_queue_that_new_task_has_just_cre
     mortal.node.kill()
     mortal.node.start()
     assert_did(mortal_shells.worker(), "'First message.'")
-    assert declaration(mortal) == OUR_DECLARATION
 
 
 def test_a_task_survives_rabbitmqs_death_in_the_queue_that_a_worker_has_just_created(mortal, mortal_shells):
     mortal.delete_queue()
     worker = mortal_shells.start("worker.py")
-    wait_until(lambda: queue_exists(mortal), "the worker has created the queue")
+    with mortal.connect() as connection:
+        wait_until(lambda: declaration._exists(connection, QUEUE), "the worker has created the queue")
     mortal_shells.start("new_task.py", "First message..").wait_for("[x] Sent")
     mortal.node.kill()
     mortal.node.start()
@@ -262,4 +192,3 @@ def test_a_task_survives_rabbitmqs_death_in_the_queue_that_a_worker_has_just_cre
     received = worker.output()[worker.output().index(WAITING, 1) + 1]  # the first try was cut off, if there was one
     assert received.startswith(" [x] Received 'First message..'")
     assert_acknowledged(worker, mortal)
-    assert declaration(mortal) == OUR_DECLARATION
