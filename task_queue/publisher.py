@@ -58,7 +58,7 @@ class Channel:
     def __init__(self, name: str):
         """name: what RabbitMQ will call the connection."""
         self._name = name
-        self._steps: list[Callable[[], None]] = []  # what makes a connection fit for use: declaring, say
+        self._steps: dict[str, Callable[[], None]] = {}  # what makes a connection fit for use
         self._connection: Any = None
         self._channel: Any = None
         self._frames: list[bytes] = []  # what is not passed on to the network
@@ -84,11 +84,11 @@ class Channel:
 
     def queue_declare(self, queue: str, durable: bool = True, arguments: Any = QUORUM) -> None:
         """Declare a durable quorum queue, now and on each new connection; see declaration.py."""
-        self._on_each_connection(lambda: self._declare(queue))
+        self._on_each_connection("declare", lambda: self._declare(queue))
 
     def confirm_delivery(self) -> None:
         """Let RabbitMQ confirm each task, now and on each new connection."""
-        self._on_each_connection(self._ask_for_confirms)
+        self._on_each_connection("confirm", self._ask_for_confirms)
 
     def each(self, tasks: Iterable[bytes] | IO[bytes]) -> Iterator[bytes]:
         """Yield each of the tasks; of a file, each line that is not empty, without its newline, as it comes.
@@ -116,10 +116,10 @@ class Channel:
         """Return when RabbitMQ has confirmed every task, or all but so many bytes of tasks."""
         self._on_a_connection(lambda: self._until(lambda: self._size <= but and not self._again))
 
-    def _on_each_connection(self, step: Callable[[], None]) -> None:
+    def _on_each_connection(self, name: str, step: Callable[[], None]) -> None:
         """Do step() now and on each new connection."""
         self._on_a_connection(step)
-        self._steps.append(step)
+        self._steps[name] = step
 
     def _on_a_connection(self, step: Callable[[], None]) -> None:
         """Do step(), on as many connections as it takes. NotConfirmed if there is no hope in another one."""
@@ -162,7 +162,7 @@ class Channel:
         """Make a connection that is as far as the one before, and send again what that left without a confirm."""
         self._connection = connect(self._name)
         self._connection._impl.add_on_connection_blocked_callback(self._on_blocked)
-        for step in self._steps:
+        for step in self._steps.values():
             step()
         while self._again:
             self._publish(self._again[0])
