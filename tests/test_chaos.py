@@ -14,12 +14,11 @@ LIMIT = 150
 # How to break a copy of the scripts: patterns that occur once in a file of theirs, with what takes their place.
 ACK = "channel.basic_ack(method.delivery_tag)"
 ACKNOWLEDGES_FIRST = {
-    r'(print\(" \[x\] Done"\)\n(?: +#.*\n)?) +' + re.escape(ACK): r"\1",
+    r'(say\(" \[x\] Done"\)\n(?: +#.*\n)?) +' + re.escape(ACK): r"\1",
     r"( +)with .*\n +work\(task\)\n": rf"\1{ACK}\n\g<0>",
 }
-DOES_TWICE = {r'( +)print\(" \[x\] Done"\)\n': r'\g<0>\1print(f" [x] Received {shown(task)} (redelivered)")\n\g<0>'}
-FORGETS = r"\g<0>\1self._size -= self._messages.pop(self._tag).size\n"
-DOES_NOT_WAIT = {r"( +)self\._channel\._impl\.basic_publish\(.*\n": FORGETS}
+DOES_TWICE = {r'( +)say\(" \[x\] Done"\)\n': r'\g<0>\1say(f" [x] Received {shown(task)} (redelivered)")\n\g<0>'}
+DOES_NOT_WAIT = {r"( +)self\._size \+= message\.size\n": r"\g<0>\1self._size -= self._messages.pop(self._tag).size\n"}
 
 # Scripts that lose tasks, with faults that show it.
 LOSING = [

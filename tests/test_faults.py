@@ -180,17 +180,19 @@ def test_workers_wait_for_a_rabbitmq_that_goes_and_comes_back(mortal, mortal_she
 
 def test_a_deleted_queue_is_declared_again(broker, shells):
     worker = shells.worker()
-    wait_until(lambda: broker.consumers() == 1, "RabbitMQ knows the worker")
+    shells.send("before")
+    done = worker.wait_for(DONE)
+    wait_until(lambda: time.monotonic() > done.at + 0.5, "the worker has waited for a while")
     broker.delete_queue()
     worker.wait_for(WAITING, times=2)
     assert worker.output("stderr") == [" [!] The queue 'task_queue' was deleted. Declaring it again."]
     shells.send("two..")
-    worker.wait_for("Received")
+    worker.wait_for("Received 'two..'")
     broker.delete_queue()  # now in the middle of a task
     worker.wait_for(WAITING, times=3)
     shells.send("after")
     worker.wait_for("Received 'after'")
-    worker.wait_for(DONE, times=2)
+    worker.wait_for(DONE, times=3)
 
 
 def test_a_task_longer_than_the_ack_timeout_is_explained_and_work_goes_on(broker, shells):

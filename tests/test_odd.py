@@ -241,6 +241,18 @@ def test_tasks_that_cannot_be_set_aside_stop_no_worker(broker, shells, worker_wi
     broker.wait_for_ready(3)  # none is lost
 
 
+def test_a_worker_that_may_have_no_second_connection_holds_what_it_cannot_set_aside(broker, shells, worker_with):
+    with broker.user("lone:lone") as url:
+        broker.node.ctl("set_user_limits", "lone", '{"max-connections": 1}')
+        worker = shells.start(worker_with("if task == b'bad': raise ValueError"), url=url)
+        shells.send("bad")
+        worker.wait_for("Can't set aside 'bad': RabbitMQ at 127.0.0.1")
+        shells.send("good")
+        worker.wait_for(DONE)
+        stop(worker)
+    broker.wait_for_ready(1)
+
+
 # Stopping
 
 
@@ -283,15 +295,22 @@ def test_a_graceful_worker_whose_standard_error_is_gone_finishes_its_task(broker
 # What happens around a worker or a producer
 
 
-def test_a_worker_that_cannot_consume_backs_off_and_says_why_once(broker, shells, proxy):
-    """A limit of no connections, for a while."""
-    limits = ("set_user_limits", "guest", '{"max-connections": 0}'), ("clear_user_limits", "guest", "all")
-    with broker.trouble(*limits):
+@pytest.mark.parametrize(
+    ("begin", "end", "why"),
+    [
+        (["set_user_limits", "guest", '{"max-connections": 0}'], ["clear_user_limits", "guest", "all"], "connection"),
+        (["set_vhost_limits", '{"max-queues": 0}'], ["clear_vhost_limits"], "queue"),
+    ],
+    ids=["no connections", "no queues"],
+)
+def test_a_worker_that_cannot_consume_backs_off_and_says_why_once(broker, shells, proxy, begin, end, why):
+    broker.delete_queue()
+    with broker.trouble(begin, end):
         worker = shells.start("worker.py", url=proxy.url)
-        worker.wait_for("connection limit")
+        worker.wait_for(f"{why} limit")
         wait_until(lambda: proxy.accepted > 3, "it tries again and again")
         assert len(worker.output("stderr")) == 1
-    worker.wait_for(WAITING, within=5)
+    worker.wait_for(WAITING, within=8)
 
 
 def test_a_worker_whose_virtual_host_is_deleted_ends(broker, shells):
