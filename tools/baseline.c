@@ -1,5 +1,4 @@
 /* Sending and working by a C client (librabbitmq), to see how much Python and pika cost. bench.py compiles it.
-
    AMQP_URL=... ./baseline publish < tasks    send each line, up to 2 * BATCH of them without a confirm
    AMQP_URL=... ./baseline work               do tasks until killed: prefetch 1, acknowledged one by one */
 #include <amqp.h>
