@@ -194,12 +194,15 @@ class Channel:
         """Give the tasks in hand back to RabbitMQ, which gives them to other workers; and say goodbye."""
         self._working = self._waiting = False
         self._pika.acquire()  # a signal may have come before we had it back
-        with contextlib.suppress(AttributeError, *PIKAS_ERRORS):  # there may be no channel
-            self._channel.cancel()  # first: or RabbitMQ gives them to us again
-            # A nack, not a reject: since RabbitMQ 4.3 it doesn't count as a failure of the task.
-            self._channel.basic_nack(0, multiple=True, requeue=True)
+        what = ""
+        if self._in_hand or self._held:
+            what = " The task in hand goes back to the queue."
+            with contextlib.suppress(*PIKAS_ERRORS):
+                self._channel.cancel()  # first: or RabbitMQ gives them to us again
+                # A nack, not a reject: since RabbitMQ 4.3 it doesn't count as a failure of the task.
+                self._channel.basic_nack(0, multiple=True, requeue=True)
         self._close()
-        self._say_goodbye(" The task in hand goes back to the queue." if self._in_hand or self._held else "")
+        self._say_goodbye(what)
 
     def _close(self) -> None:
         with contextlib.suppress(AttributeError, *PIKAS_ERRORS):  # there may be none

@@ -268,7 +268,7 @@ def test_a_worker_that_waits_for_a_silent_network_or_connects_through_it_stops(s
     assert proxy.stall() == 2
     proxy.silent = True
     connecting = shells.start("worker.py", url=proxy.url)
-    wait_until(lambda: proxy.connections == 3, "it connects")
+    wait_until(lambda: len(proxy.connections) == 3, "it connects")
     stop(*waiting, connecting)
 
 
