@@ -244,20 +244,20 @@ class Bench:
 
         sent, done = queue.send(SEND, self.size(50_000)), queue.work(WORKER, self.size(2000))
         memory, disk = used()
+        queue.run(SEND, waiting)
+        full, full_disk = used()
         channels = [Queue(nodes[0]).channel for _ in range(connections)]
         for channel in channels:
             channel.basic_qos(prefetch_count=1)
             channel.basic_consume(QUEUE, lambda *_: None)
         connected, _ = used()
-        queue.run(SEND, waiting)
-        full, full_disk = used()
         for node in nodes:
             node.kill()
         return {
             "tasks sent a second, by one `new_task.py -`": sent["tasks a second"],
             "empty tasks done a second, by one `worker.py`": done["tasks a second"],
-            "RabbitMQ's memory for a worker's connection, on its node, kB": (connected - memory) / connections / 1e3,
-            "memory of each node for a million waiting tasks of 20 bytes, MB": (full - connected) / waiting,
+            "RabbitMQ's memory for a worker's connection, on its node, kB": (connected - full) / connections / 1e3,
+            "memory of each node for a million waiting tasks of 20 bytes, MB": (full - memory) / waiting,
             "disk of each node for a million waiting tasks of 20 bytes, MB": (full_disk - disk) / waiting,
             "memory of a `worker.py`, MB": done["memory, MB"],
         }
