@@ -3,7 +3,7 @@
 
 Send a task to the queue of worker.py: the words, joined with spaces, or "Hello World!"; or, with -, each line of
 standard input. After -- everything is a word. "Sent" means that RabbitMQ has the task on disk and has said so.
-The exit status is 0 then, 1 if it isn't so, and 2 if the command line is wrong. RabbitMQ is on localhost, unless
+The exit status is 0 if so, 1 if not, and 2 if the command line is wrong. RabbitMQ is on localhost, unless
 AMQP_URL=amqp://USER:PASSWORD@HOST/ names another one.
 """
 
@@ -11,18 +11,19 @@ import os
 import sys
 import time
 
-from task_queue import QUEUE, QUORUM, console  # before pika: it says what to do where pika is missing
+from task_queue import QUEUE, QUORUM, console  # first: it explains what to do if pika is missing
 from task_queue.publisher import Channel, NotConfirmed
 
 import pika  # isort: skip
 
 
 def send(tasks) -> int:
-    """Send tasks, and return how many they are when RabbitMQ has confirmed every one; NotConfirmed if it does not.
+    """Send tasks. Return how many, once RabbitMQ has confirmed them all; raise NotConfirmed otherwise.
 
-    tasks: an iterable of bytes, or a binary file with a task in each line.
+    tasks: an iterable of bytes, or a binary file with one task per line.
     """
-    run, number = os.urandom(8).hex(), 0
+    run = os.urandom(8).hex()  # makes the message ids of this run unique
+    number = 0
     with Channel("new_task.py") as channel:
         channel.queue_declare(queue=QUEUE, durable=True, arguments=QUORUM)
         channel.confirm_delivery()
@@ -34,12 +35,12 @@ def send(tasks) -> int:
                 properties=pika.BasicProperties(
                     delivery_mode=pika.DeliveryMode.Persistent,  # on disk, not only in memory
                     content_type="text/plain",
-                    message_id=f"{run}-{number}",  # tells a worker that it has done this before
+                    message_id=f"{run}-{number}",  # lets a worker recognise a task it did before
                     timestamp=int(time.time()),
                 ),
-                mandatory=True,  # without it RabbitMQ confirms even a task that found no queue
+                mandatory=True,  # without this, RabbitMQ confirms a task even if no queue took it
             )
-        channel.wait_for_confirms()  # until RabbitMQ has said that it has them, tasks can be lost
+        channel.wait_for_confirms()  # until RabbitMQ has confirmed them, tasks can still be lost
     return number
 
 
@@ -49,7 +50,7 @@ def main() -> int:
     lines = words == ["-"]
     if words[:1] == ["--"]:
         words = words[1:]
-    task = os.fsencode(" ".join(words) if any(words) else "Hello World!")  # the very bytes that the shell passed
+    task = os.fsencode(" ".join(words) if any(words) else "Hello World!")  # exactly the bytes that the shell passed
     try:
         number = send(sys.stdin.buffer if lines else [task])
     except (NotConfirmed, KeyboardInterrupt) as problem:
@@ -60,4 +61,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main())  # all is printed; what Python tidies up at its end takes longer than the task did
+    os._exit(main())  # all is printed, and what Python tidies up at its end would take as long as the task

@@ -11,36 +11,36 @@ import sys
 import time
 
 from task_queue import QUEUE, QUORUM
-from task_queue.console import say, shown  # say() is a print() that no closed pipe and no full disk stops
+from task_queue.console import say, shown  # say(): a print() that neither a closed pipe nor a full disk stops
 from task_queue.consumer import TaskFailed, keep_working
 
 
 def work(task: bytes) -> None:
     """Do one task: sleep a second for each dot. Put your own work here.
 
-    It may block for as long as it likes. If it raises, sys.exit() included, the task is tried again, ten times in all.
-    After a fault the same task may come again: doing it twice must be as good as doing it once.
+    It may block as long as it likes. If it raises (sys.exit() counts, too), the task is tried again, ten times in all.
+    After a fault the same task may come again: doing it twice must have the same effect as doing it once.
     """
     for _ in range(task.count(b".")):
         time.sleep(1)
 
 
 def do_tasks(channel) -> None:
-    """Take tasks from the queue and do them, until the connection is lost; then this is called again with another."""
+    """Do tasks from the queue until the connection is lost. Then this is called again, on a new connection."""
     channel.queue_declare(queue=QUEUE, durable=True, arguments=QUORUM)
-    # One task at a time: a worker that is busy leaves the other tasks to those that are free.
+    # One task at a time: while this worker is busy, the next tasks go to workers that are free.
     channel.basic_qos(prefetch_count=1)
     say(" [*] Waiting for messages. To exit press CTRL+C")
     for method, properties, task in channel.consume(QUEUE):
         say(f" [x] Received {shown(task)}" + " (redelivered)" * method.redelivered)
         try:
-            with channel.heartbeats():  # without them RabbitMQ takes us for dead
+            with channel.heartbeats():  # keep the connection alive, turn errors into TaskFailed
                 work(task)
         except TaskFailed as failure:
             channel.requeue_or_set_aside(method, properties, task, failure)
         else:
             say(" [x] Done")
-            # Not before the work is done: until then RabbitMQ keeps the task for another worker.
+            # Only now that the work is done: until then RabbitMQ keeps the task for another worker.
             channel.basic_ack(method.delivery_tag)
 
 

@@ -1,4 +1,4 @@
-"""What new_task.py and worker.py stand on. The lesson is in these two; nobody needs this folder to learn it."""
+"""What new_task.py and worker.py are built on. The lesson is in those two: you don't need this folder to learn it."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ QUORUM = {"x-queue-type": "quorum"}
 
 
 def _last_words(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Tell of what nobody caught: Ctrl+C and a missing pika in one line."""
+    """Report what nobody caught: Ctrl+C and a missing pika in one line each."""
     if isinstance(error, KeyboardInterrupt):
         sends = sys.argv[0].endswith("new_task.py")
         print(" [!] Not sent: interrupted." if sends else " [!] Stopped by Ctrl+C.", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Where RabbitMQ is: AMQP_URL, its nodes, the first that answers, and what pika's errors mean in plain words."""
+"""Where RabbitMQ is (AMQP_URL), how to connect to it, and pika's errors in plain words."""
 
 import contextlib
 import os
@@ -41,7 +41,7 @@ class Lost(Unreachable):
 def lost_rabbitmq(hopeless: tuple[int, ...] = (403,)) -> Iterator[None]:
     """For calls of pika's: turn what it raises when RabbitMQ or the network fails into Lost, or Refused.
 
-    hopeless: RabbitMQ's reply codes that no other connection would cure. 403 is: no permission.
+    hopeless: RabbitMQ's reply codes that a new connection would not cure. 403: no permission.
     """
     try:
         yield
@@ -81,7 +81,7 @@ def nodes(name: str) -> list[pika.URLParameters]:
     urls = [url.strip() for url in (os.environ.get("AMQP_URL") or DEFAULT_URL).split(";") if url.strip()]
     try:
         for parts in map(urlsplit, urls or [""]):
-            # An @ behind the host is one of a password that was not encoded: what is taken for the host is part of it.
+            # An @ after the host belongs to a password that was not encoded: what looks like the host is part of it.
             if parts.scheme not in ("amqp", "amqps") or "@" in parts.path + parts.query + parts.fragment:
                 raise ValueError
         found = [pika.URLParameters(url) for url in urls]
@@ -109,8 +109,8 @@ def _explained(error: Any, node: pika.URLParameters) -> Unreachable | Refused:
         return Refused(f"RabbitMQ at {where} refuses user {user!r}. Check user and password in AMQP_URL{hint}.")
     if isinstance(error, ProbableAccessDeniedError) and "(530)" in text:
         if "limit (" in text:  # so many connections, for now
-            return Unreachable(f"RabbitMQ at {where} has no room ({text}).")
-        problem = f"RabbitMQ at {where} has no virtual host {node.virtual_host!r}, or none that user {user!r} may use."
+            return Unreachable(f"RabbitMQ at {where} accepts no more connections ({text}).")
+        problem = f"RabbitMQ at {where} has no virtual host {node.virtual_host!r}, or user {user!r} may not use it."
         return Refused(f"{problem} Check what follows the port in AMQP_URL.")
     if isinstance(error, ssl.SSLCertVerificationError):
         problem = f"the certificate of {where} is not to be trusted ({error.verify_message.rstrip('.')})."
@@ -134,7 +134,7 @@ def describe(error: BaseException) -> str:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return what is behind an error of pika's: it wraps, say, ConnectionRefusedError in up to three without a text."""
+    """Return the innermost cause: pika wraps, say, ConnectionRefusedError in up to three errors without a text."""
     inner = [*getattr(error, "exceptions", []), getattr(error, "exception", None), *error.args[:1]]
     causes = [cause for cause in inner if isinstance(cause, BaseException)]
     return _cause(causes[-1]) if causes else error
@@ -146,7 +146,7 @@ _pikas_decode_value = pika.data.decode_value
 def _decode_value(encoded: bytes, offset: int) -> tuple[Any, int]:
     """Decode a header's value. pika 1.4.4 drops the connection over a timestamp after 9999: return that as a number.
 
-    So it would for each worker in turn. Not needed any more with the first release that has the cure (pika issue 1698).
+    It would do so to each worker in turn. Remove this when a release of pika has the cure (pika issue 1698).
     """
     try:
         return _pikas_decode_value(encoded, offset)

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# How much of a task is shown, in characters (or bytes, if it is no text); how often the line of progress is drawn.
+# How much of a task is shown, in characters (or bytes, if it is not text); how often the line of progress is drawn.
 SHOWN, PROGRESS_SECONDS = 500, 0.5
-# What a terminal or a file takes; the rest is escaped. None: the shell closed it.
+# The encoding of the terminal or the file: what doesn't fit is escaped. sys.stdout is None if the shell closed it.
 ENCODING = sys.stdout.encoding if sys.stdout else "utf-8"
 
 
@@ -19,7 +19,7 @@ def arguments(usage: str, fit: Callable[[list[str]], bool]) -> list[str]:
     usage: what --help prints. Its first line is all that a wrong command line gets.
     """
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # the shell closed one of the first three, and a connection must not get its number
+        pass  # the shell closed 0, 1 or 2, and a connection must not get its number
     os.close(spare)
     sys.stdin = sys.stdin or os.fdopen(0)
     words = sys.argv[1:]
@@ -47,7 +47,7 @@ def printable(text: str) -> str:
 
 
 def say(line: str, end: str = "\n", to: int = 1) -> None:
-    """Print a line at once, also into a pipe, and never fail: no task is lost because a line is.
+    """Print a line at once, even into a pipe, and never fail: a lost line must not cost a task.
 
     to: 1 for standard output, 2 for standard error, whatever work() has done to sys.stdout.
     """
@@ -66,7 +66,7 @@ def warn(message: str, after_ctrl_c: bool = False) -> None:
 
 
 class Progress:
-    """A line on a terminal that tells how far the sending of a file is; nothing if it is no file, or no terminal."""
+    """A line that shows how far the sending of a file is. Nothing is drawn without a file, or without a terminal."""
 
     def __init__(self, tasks: Any):
         self.of_lines = hasattr(tasks, "fileno")

@@ -1,7 +1,7 @@
 """What keeps worker.py going: reconnecting, heartbeats while it works, and a clean end on Ctrl+C and SIGTERM.
 
 The main thread does the tasks; a second one looks after the connection meanwhile. When pika has a connection that
-threads can share (it is on its main branch), that goes where heartbeats() and _look_after() are.
+threads can share (it is on its main branch), use it in place of heartbeats() and _look_after().
 """
 
 import contextlib
@@ -60,7 +60,7 @@ class Channel:
         self._pika.acquire()  # the main thread has it, except in heartbeats()
         self._signal = 0  # the first one that came
         self._waits = {signal.SIGTERM} if graceful else set()  # the signals that don't interrupt the work
-        self._working = self._waiting = False  # whether we do a task, or wait for one: only then a signal ends that
+        self._working = self._waiting = False  # whether we do a task, or wait for one: a signal interrupts only these
         self._pid = os.getpid()
         for signum in SIGNALS:
             signal.signal(signum, self._on_signal)
@@ -83,15 +83,14 @@ class Channel:
         self._channel.basic_ack(delivery_tag)
 
     def consume(self, queue: str) -> Iterator[tuple[Any, Any, bytes]]:
-        """Yield (method, properties, body) as pika's does; but what has killed ten workers is set aside."""
+        """Yield (method, properties, body) as pika's does; but a task that has killed ten workers is set aside."""
         deliveries, held, done_at = self._channel.consume(queue), 0, 0.0
         while True:
-            if len(self._held) != held:  # so that there is one task besides those that are held
-                held = len(self._held)
+            if len(self._held) > held:  # RabbitMQ gives this consumer nothing more, but a new one another task
                 with lost_rabbitmq():
                     self._channel.cancel()
-                    self._channel.basic_qos(prefetch_count=1 + held)
                     deliveries = self._channel.consume(queue, inactivity_timeout=HOLD_SECONDS)
+            held = len(self._held)
             self._waiting = True
             self._stop_if_told()
             with lost_rabbitmq():
@@ -103,8 +102,11 @@ class Channel:
                 return console.warn(TOO_LONG if just_now else f"The queue {queue!r} was deleted. Declaring it again.")
             method, properties, task = delivery
             if not method:  # nothing has come for HOLD_SECONDS
-                for letter in list(self._held.values()):
+                for tag, letter in list(self._held.items()):
+                    self._stop_if_told()
                     self._set_aside(*letter)
+                    if tag in self._held:  # so the others can't be set aside, either
+                        break
                 continue
             self._in_hand = True
             tries = self._earlier_deliveries(method, properties)
@@ -115,7 +117,7 @@ class Channel:
             self._in_hand, done_at = False, time.monotonic()
 
     def heartbeats(self) -> "Channel":
-        """In a `with` block of this RabbitMQ hears from us. What the block raises, but for Stop, becomes TaskFailed.
+        """In a `with` block of this, RabbitMQ keeps hearing from us. What that raises, except Stop, becomes TaskFailed.
 
         A process that the block forks ends with it.
         """
@@ -152,7 +154,7 @@ class Channel:
         return count if isinstance(count, int) else 0
 
     def _set_aside(self, method: Any, properties: Any, task: bytes, tries: int, why: str) -> None:
-        """Move a task to the dead letters. If that can't be done now, hold it: given back, it would come at once."""
+        """Move a task to the dead letters. If that fails, hold it: handed back, it would return at once."""
         try:
             with self.heartbeats():
                 dead_letters.set_aside(task, properties, tries, why)
@@ -167,7 +169,7 @@ class Channel:
             console.warn(f"Set aside {console.shown(task)} in {DEAD_LETTERS} after {tries} deliveries: {why}")
 
     def run(self, do_tasks: Callable[["Channel"], None]) -> None:
-        """Call do_tasks(self) on one connection after the other. Stop; or Refused, if waiting doesn't help."""
+        """Call do_tasks(self) on one connection after another. Ends with Stop, or Refused if waiting doesn't help."""
         pause, known = FIRST_PAUSE, set[str]()
         while True:
             began = time.monotonic()
@@ -209,7 +211,7 @@ class Channel:
             self._connection.close()
 
     def _look_after(self) -> None:
-        """The second thread: answer RabbitMQ's heartbeats while the main thread works, and see to its end."""
+        """The second thread: answer heartbeats during the work; end the process if that does not stop in time."""
         # Signals are for the main thread: one that this thread took would not wake it where it waits for the network.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         left: float = GOODBYE_SECONDS
@@ -227,7 +229,8 @@ class Channel:
                 self._pika.release()
                 if self._told:
                     console.warn(self._told)
-        self._say_goodbye()
+        threading.Thread(target=self._say_goodbye, daemon=True).start()  # nobody may read what we print
+        time.sleep(TICK_SECONDS)
         os._exit(0)
 
     def _on_signal(self, signum: int, _frame: Any) -> None:
@@ -243,7 +246,7 @@ class Channel:
                 self._connection.add_callback_threadsafe(self._stop_if_told)
 
     def _in_a_child(self) -> None:
-        """In a process that work() forked: a signal ends it as any process, and the connection is not its."""
+        """In a process that work() forked: a signal ends it like any process, and the connection is not its own."""
         close_socket(self._connection)
         for signum in SIGNALS:
             signal.signal(signum, signal.SIG_DFL)

@@ -18,11 +18,11 @@ from task_queue import DEAD_LETTERS, QUEUE, QUORUM, console, declaration
 from task_queue.address import Refused, Unreachable, connect, lost_rabbitmq
 from task_queue.publisher import Channel, NotConfirmed
 
-# After so many deliveries a task is set aside. RabbitMQ's own limit is 20: there it would drop the task.
+# After this many deliveries a task is set aside. RabbitMQ's own limit is 20: then it drops the task.
 MAX_DELIVERIES = 10
-# How long before a failed task goes back: what made it fail may pass, and failing must not keep a CPU busy.
+# How long to wait before a failed task goes back: the cause may pass, and failing must not keep a CPU busy.
 PAUSE_AFTER_FAILURE = 1
-# How much is told of an error, in characters, and kept of headers, in bytes: they must fit into a frame of 128 kB.
+# How much of an error (characters) and of the headers (bytes) is kept: together they must fit into a frame of 128 kB.
 REASON_LENGTH, HEADERS_SIZE = 500, 100_000
 
 
@@ -40,7 +40,7 @@ def set_aside(task: bytes, properties: Any, tries: int, why: str) -> None:
 
 
 def _send_copy(channel: Channel, queue: str, task: bytes, properties: Any, notes: dict[str, Any]) -> None:
-    """Send a task once more, as it was, but for what RabbitMQ would act upon again."""
+    """Send a task once more, as it was, except for headers that RabbitMQ would act on again."""
     kept = {k: v for k, v in (properties.headers or {}).items() if k not in ("x-delivery-count", "CC", "BCC")}
     try:
         size = pika.data.encode_table([], kept)
@@ -60,7 +60,7 @@ def reason(error: BaseException) -> str:
     except Exception as another:  # an error's __str__ may raise anything
         text = f"no text, as str() raises {type(another).__name__}"
     told = console.printable(f"{type(error).__name__}{text and ': '}{text[:REASON_LENGTH]}")[:REASON_LENGTH]
-    # The last place that is neither Python's own, nor a package's, nor ours.
+    # The last frame that is not in Python itself, in a package or in this folder.
     frames, paths = traceback.extract_tb(error.__traceback__), sysconfig.get_paths()
     others = (paths["stdlib"], paths["purelib"], paths["platlib"], "<frozen", str(Path(__file__).parent))
     place = ([frame for frame in frames if not frame.filename.startswith(others)] or frames)[-1]

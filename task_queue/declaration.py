@@ -1,4 +1,4 @@
-"""Declares the queue: a quorum queue, or the classic one that an older tutorial left; not before it is safe to use."""
+"""Declares the queue: a quorum queue, or the classic one that an older tutorial left. Waits until it is safe to use."""
 
 from typing import Any
 
@@ -16,17 +16,18 @@ SETTLE_SECONDS = 2
 def declare(connection: BlockingConnection, queue: str) -> tuple[Any, bool]:
     """Declare a durable queue. Return a channel when it is fit for use, and whether it counts deliveries.
 
-    Refused if the queue exists with other settings; what pika raises passes.
+    Refused if the queue exists with other settings. pika's other errors are passed on.
     """
     newborn = f"{queue}_is_new"  # a queue that RabbitMQ deletes by itself, there while `queue` is too young for use
     found = _exists(connection, queue)
     if not found:
         expires = {"x-queue-type": "classic", "x-expires": SETTLE_SECONDS * 1000}
-        with connection.channel() as channel:
-            channel.queue_declare(queue=newborn, durable=True, arguments=expires)
+        channel = connection.channel()
+        channel.queue_declare(queue=newborn, durable=True, arguments=expires)
+        channel.close()
     # A queue with tasks or workers has been used, so it is old enough: no need to ask.
     young = not found or (found.message_count == found.consumer_count == 0 and _exists(connection, newborn))
-    for arguments in (QUORUM, {}):
+    for arguments in (QUORUM, {}):  # a quorum queue, or if it is there, a classic one
         channel = connection.channel()
         try:
             channel.queue_declare(queue=queue, durable=True, arguments=arguments)
@@ -44,10 +45,12 @@ def declare(connection: BlockingConnection, queue: str) -> tuple[Any, bool]:
 
 def _exists(connection: BlockingConnection, queue: str) -> Any:
     """Return RabbitMQ's declare-ok (with its counts) for a queue, or None if there is no such queue."""
-    with connection.channel() as channel:
-        try:
-            return channel.queue_declare(queue=queue, passive=True).method
-        except ChannelClosedByBroker as error:
-            if error.reply_code != 404:
-                raise
-            return None
+    channel = connection.channel()  # not in a `with` block: that would wait for RabbitMQ even on Ctrl+C
+    try:
+        found = channel.queue_declare(queue=queue, passive=True).method
+    except ChannelClosedByBroker as error:
+        if error.reply_code != 404:
+            raise
+        return None
+    channel.close()
+    return found

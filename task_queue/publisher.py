@@ -1,4 +1,4 @@
-"""A channel that confirms: many tasks are on their way at once, and each one counts until RabbitMQ has confirmed it.
+"""A channel with confirms: many tasks are on their way at once, and each is kept until RabbitMQ has confirmed it.
 
 pika's BlockingChannel waits for each confirm: a round trip per task. The channel inside of it doesn't wait. So this
 publishes there, keeps what is not confirmed, and runs pika's loop when that is too much. If the connection is lost, it
@@ -18,13 +18,13 @@ from pika.spec import Basic
 from task_queue import QUEUE, QUORUM, console, declaration
 from task_queue.address import BLOCKED_SECONDS, Lost, Refused, Unreachable, close_socket, connect, lost_rabbitmq
 
-# How many bytes may be without a confirm: memory holds them. A task counts as one of SMALL bytes at least, so these are
-# 2000 tasks. When that is reached, ROOM bytes must be confirmed before it goes on: task by task would be slow.
+# How many bytes may wait for a confirm: they are held in memory. A task counts as at least SMALL, so there are at most
+# 2000. When the window is full, ROOM bytes must be confirmed before sending goes on: task by task would be slow.
 WINDOW, SMALL, ROOM = 32_000_000, 16_000, 3_200_000
-# So many tasks leave together, in one system call; and each one after so many seconds.
+# This many tasks leave together, in one system call; and each one after so many seconds.
 BATCH, BATCH_SECONDS = 100, 0.05
 # When to give up, if nothing is confirmed: a RabbitMQ that restarts is back well before that. And how long to pause
-# before another attempt to connect. More than STOPPED_SECONDS between two looks at the clock: this process was stopped.
+# before another attempt to connect. More than STOPPED_SECONDS between two looks at the clock: it was suspended.
 GIVE_UP_SECONDS, PAUSE, STOPPED_SECONDS = 60, 0.5, 6
 # How much is read at once, and the longest line: the largest message that RabbitMQ takes, by default.
 CHUNK, LONGEST_LINE = 1 << 16, 128 << 20
@@ -33,7 +33,7 @@ CHUNK, LONGEST_LINE = 1 << 16, 128 << 20
 class NotConfirmed(Exception):
     """RabbitMQ has not confirmed all tasks. The message says why; `confirmed` counts the leading ones that it has.
 
-    Tasks behind those may have arrived as well: sending them again can double them, but loses none.
+    Later tasks may have arrived as well: sending them again may double some, but loses none.
     """
 
     def __init__(self, why: str, confirmed: int, of_lines: bool = False):
@@ -65,7 +65,7 @@ class Channel:
         self._messages: dict[int, _Message] = {}  # what waits for a confirm on this connection, by delivery tag
         self._again: list[_Message] = []  # what was not stored, or was lost: to be sent again on the next one
         self._tag = self._size = 0  # the last delivery tag of this connection, and the size of what waits
-        self._refusal = ""  # why RabbitMQ gave a task back
+        self._refusal = self._alarm = ""  # why RabbitMQ gave a task back, or takes none
         self._progress, self._position = console.Progress(None), 0  # and how many tasks of each() are handed over
         self._waited = self._looked_at = 0.0  # how long nothing was confirmed, and the time when we looked last
         self._problem, self._told = "", set[str]()  # why nothing is confirmed, and what the user knows of that
@@ -75,7 +75,7 @@ class Channel:
 
     def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
         if isinstance(error, KeyboardInterrupt):
-            error.args = self._not_confirmed("interrupted.").args
+            error.args = self._not_confirmed("interrupted.").args  # what new_task.py tells
         elif not error:  # RabbitMQ logs a warning about a connection that just ends
             with contextlib.suppress(Exception):  # there may be none; and all is confirmed, whatever comes now
                 self._connection.close()
@@ -141,7 +141,7 @@ class Channel:
     def _pause(self, problem: Unreachable) -> None:
         """Wait before another attempt, and say why. NotConfirmed if there is no hope in that."""
         if isinstance(problem.__cause__, ConnectionBlockedTimeout):
-            raise self._not_confirmed(f"{self._problem} Free some there; rabbitmq-diagnostics alarms tells more.")
+            raise self._not_confirmed(f"{self._alarm} Free some there; rabbitmq-diagnostics alarms tells more.")
         if not isinstance(problem, Lost):
             if not self._steps:  # at the start, who runs a command wants to know at once
                 raise self._not_confirmed(str(problem))
@@ -160,6 +160,7 @@ class Channel:
 
     def _connect(self) -> None:
         """Make a connection that is as far as the one before, and send again what that left without a confirm."""
+        self._drop()  # once more, as a Ctrl+C may have cut it short
         self._connection = connect(self._name)
         self._connection._impl.add_on_connection_blocked_callback(self._on_blocked)
         for step in self._steps.values():
@@ -170,7 +171,12 @@ class Channel:
 
     def _declare(self, queue: str) -> None:
         channel, _ = declaration.declare(self._connection, queue)
-        self._channel = self._channel or channel  # delivery tags go on, if a program declares once more
+        if not self._channel:
+            self._channel = channel
+            return
+        channel.close()  # a program declares once more: delivery tags must go on
+        if not self._channel.is_open:
+            raise self._channel._closing_reason
 
     def _ask_for_confirms(self) -> None:
         asked: list[Any] = []
@@ -206,7 +212,7 @@ class Channel:
             self._look()
 
     def _look(self) -> None:
-        """Draw how far it is. NotConfirmed if there is no hope, Unreachable if there is none on this connection."""
+        """Draw the progress. NotConfirmed if there is no hope, Unreachable if there is none on this connection."""
         now = time.monotonic()
         self._waited += min(now - self._looked_at, STOPPED_SECONDS)
         self._looked_at = now
@@ -252,7 +258,7 @@ class Channel:
                 yield from map(bytes, lines)
             elif len(rest) > LONGEST_LINE:
                 self.wait_for_confirms()
-                raise self._not_confirmed(f"a line is longer than {LONGEST_LINE >> 20} MiB: no RabbitMQ takes that.")
+                raise self._not_confirmed(f"a line is longer than {LONGEST_LINE >> 20} MiB, which no RabbitMQ accepts.")
         if rest:
             yield bytes(rest)
 
@@ -270,7 +276,8 @@ class Channel:
     def _on_confirm(self, frame: Any) -> None:
         """Take note of a basic.ack or basic.nack, for one task or for all up to that one."""
         last = frame.method.delivery_tag
-        for tag in list(itertools.takewhile(last.__ge__, self._messages)) if frame.method.multiple else [last]:
+        up_to_last = itertools.takewhile(lambda tag: tag <= last, self._messages)  # they are in order
+        for tag in list(up_to_last) if frame.method.multiple else [last]:
             if tag not in self._messages or self._refusal:  # RabbitMQ confirms a task that it gave back, too
                 continue
             if isinstance(frame.method, Basic.Nack):
@@ -283,4 +290,5 @@ class Channel:
         self._refusal = f"RabbitMQ gave a task back ({method.reply_text}). Was the queue deleted just now?"
 
     def _on_blocked(self, _connection: Any, frame: Any) -> None:
-        self._tell(f"RabbitMQ takes no tasks for now: {frame.method.reason}.", f"Waiting up to {BLOCKED_SECONDS} s.")
+        self._alarm = f"RabbitMQ takes no tasks for now: {frame.method.reason}."
+        self._tell(self._alarm, f"Waiting up to {BLOCKED_SECONDS} s.")

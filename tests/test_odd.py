@@ -227,18 +227,22 @@ def test_a_long_task_is_shown_shortened_and_done_whole(broker, shells, worker_wi
 
 
 def test_tasks_that_cannot_be_set_aside_stop_no_worker(broker, shells, worker_with):
-    script = worker_with("if task.startswith(b'bad'): raise ValueError")
-    bad = [f"bad {number}" for number in range(3)]
+    work = "if task.startswith(b'bad'): raise ValueError\ntime.sleep(1)"
+    script = worker_with(work, "dead_letters.PAUSE_AFTER_FAILURE = 0")
+    bad = [f"bad {number}." for number in range(12)]
     with broker.user("poor:poor", write="^(?!amq.default$).*") as url:  # it may not publish to the default exchange
         one, two = workers = [shells.start(script, *options, url=url) for options in ([], ["--graceful"])]
-        shells.send(*bad)
+        finish(shells.feed(*bad), len(bad))
         wait_until(lambda: all(f"Can't set aside {task!r}" in f"{one}{two}" for task in bad), "all are held")
-        shells.send("good 1", "good 2", "good 3", "good 4")
-        wait_until(lambda: f"{one}{two}".count(DONE) == 4, "the others are done")
+        finish(shells.feed("good 1", "good 2", "good 3", "good 4", "good 5", "good 6"), 6)
         for worker in workers:
-            assert len([line for line in worker.output("stderr") if "Can't set aside" in line]) <= 3
+            worker.wait_for("Received 'good")
+        assert broker.ready() == 4  # each worker has one task besides those that it holds
+        wait_until(lambda: f"{one}{two}".count(DONE) == 6, "the others are done")
+        assert f"{one}{two}".count("Can't set aside") == len(bad)
         stop(*workers)  # before their user is deleted
-    broker.wait_for_ready(3)  # none is lost
+    broker.wait_for_ready(len(bad))  # none is lost
+    assert all(properties.headers["x-delivery-count"] < 15 for _, properties, _ in broker.take(len(bad)))
 
 
 def test_a_worker_that_may_have_no_second_connection_holds_what_it_cannot_set_aside(broker, shells, worker_with):
@@ -270,6 +274,22 @@ def test_a_worker_that_waits_for_a_silent_network_or_connects_through_it_stops(s
     connecting = shells.start("worker.py", url=proxy.url)
     wait_until(lambda: len(proxy.connections) == 3, "it connects")
     stop(*waiting, connecting)
+
+
+def test_a_worker_whose_output_nobody_reads_stops(broker):
+    reader, writer = os.pipe()
+    settings = {"cwd": ROOT, "env": {**os.environ, "AMQP_URL": broker.url}, "stdout": writer, "stderr": writer}
+    with subprocess.Popen([sys.executable, "worker.py"], **settings) as worker:
+        wait_until(lambda: broker.consumers() == 1, "it waits for tasks")
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x")
+        os.set_blocking(writer, True)
+        worker.terminate()
+        assert worker.wait(timeout=7) == 0
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_worker_of_a_frozen_rabbitmq_stops_with_its_line(mortal, mortal_shells):
