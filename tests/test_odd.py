@@ -276,20 +276,26 @@ def test_a_worker_that_waits_for_a_silent_network_or_connects_through_it_stops(s
     stop(*waiting, connecting)
 
 
-def test_a_worker_whose_output_nobody_reads_stops(broker):
+def test_a_worker_whose_output_nobody_reads_stops(broker, shells):
     reader, writer = os.pipe()
     settings = {"cwd": ROOT, "env": {**os.environ, "AMQP_URL": broker.url}, "stdout": writer, "stderr": writer}
-    with subprocess.Popen([sys.executable, "worker.py"], **settings) as worker:
+    worker = subprocess.Popen([sys.executable, "worker.py"], **settings)
+    try:
         wait_until(lambda: broker.consumers() == 1, "it waits for tasks")
         os.set_blocking(writer, False)
         with contextlib.suppress(BlockingIOError):
             while True:
                 os.write(writer, b"x")
         os.set_blocking(writer, True)
+        shells.send("task")
+        broker.wait_for_ready(0)  # the worker has it, and can't say so
         worker.terminate()
         assert worker.wait(timeout=7) == 0
-    os.close(reader)
-    os.close(writer)
+    finally:
+        worker.kill()
+        worker.wait()
+        os.close(reader)
+        os.close(writer)
 
 
 def test_a_worker_of_a_frozen_rabbitmq_stops_with_its_line(mortal, mortal_shells):
@@ -360,6 +366,26 @@ def test_a_producer_that_was_stopped_for_long_goes_on(broker, shells, changed):
     time.sleep(5)  # for longer than it would try
     producer.process.send_signal(signal.SIGCONT)
     finish(producer, 2)
+
+
+def test_ctrl_c_ends_a_producer_that_declares_the_queue_through_a_silent_network(shells, proxy, changed):
+    pause = """
+from pika.adapters.blocking_connection import BlockingChannel
+declare = BlockingChannel.queue_declare
+def declare_later(*arguments, **settings):
+    print("connected", flush=True)
+    sys.stdin.readline()
+    return declare(*arguments, **settings)
+BlockingChannel.queue_declare = declare_later
+"""
+    producer = shells.start(changed("new_task", pause), "task", stdin=subprocess.PIPE, url=proxy.url)
+    producer.wait_for("connected")
+    assert proxy.stall() == 1
+    say(producer, "go on")
+    wait_until(lambda: proxy.held > 0, "it declares the queue")
+    producer.ctrl_c()
+    assert producer.ends(within=5) == 1
+    assert producer.output("stderr") == [" [!] Not sent: interrupted."]
 
 
 def test_a_classic_queue_that_comes_behind_the_look_for_it_is_used(broker, monkeypatch):
