@@ -38,7 +38,8 @@ class Cluster(Broker):
     def queue(self, asked: Node | None = None) -> dict:
         """What rabbitmqctl tells of task_queue: {"leader": name of a node, "online": names of nodes}."""
         queues = json.loads((asked or self.node).ctl("list_queues", "name", "leader", "online", "--formatter", "json"))
-        return next(queue for queue in queues if queue["name"] == QUEUE)
+        missing = {"leader": None, "online": []}  # as it is for a moment, when its leader is out of reach
+        return next((queue for queue in queues if queue["name"] == QUEUE), missing)
 
     def leader(self, asked: Node | None = None) -> Node | None:
         """The node that leads the queue, as far as the asked one knows. None while there is no leader."""
