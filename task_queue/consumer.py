@@ -229,8 +229,9 @@ class Channel:
                 self._pika.release()
                 if self._told:
                     console.warn(self._told)
-        threading.Thread(target=self._say_goodbye, daemon=True).start()  # nobody may read what we print
-        time.sleep(TICK_SECONDS)
+        if self._signal > 0:  # it was not said; in a thread, as perhaps nobody reads what we print
+            threading.Thread(target=self._say_goodbye, daemon=True).start()
+            time.sleep(TICK_SECONDS)
         os._exit(0)
 
     def _on_signal(self, signum: int, _frame: Any) -> None:
