@@ -27,7 +27,7 @@ COUNTED = re.compile(r" \[x\] (?P<what>Sent|Received|Done)( (?P<task>b?['\"].*['
 PYTHON = sys.executable.removeprefix(f"{ROOT}/")
 
 GO_ON = """
-RabbitMQ stays up; make stop stops it if the demo started it. Go on by hand, README.md leads the way:
+RabbitMQ stays up; make stop stops it if the demo started it. Continue by hand, as README.md shows:
     source .venv/bin/activate
     python worker.py
     python new_task.py A task of three seconds..."""
@@ -141,7 +141,8 @@ def killed_workers(demo: Demo) -> None:
     third = demo.until_received(task, times=3)
     demo.until_done(task)
     redelivered = second.redelivered and third.redelivered and first.shell == third.shell != second.shell
-    demo.seen(redelivered, f"RabbitMQ redelivered the task twice, each time to the other shell: {third.shell} did it.")
+    story = "RabbitMQ redelivered the task twice, each time to the other shell."
+    demo.seen(redelivered, f"{story} Shell {third.shell} did it.")
     demo.work(second.shell)
 
 

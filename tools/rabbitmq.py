@@ -69,7 +69,7 @@ def find() -> Node | Container | None:
         say("starting it with Docker (docker compose up)")
         with suppress(NodeError):
             return ready(Container())
-        say("Docker can't; going on without")
+        say("Docker failed; going on without it")
     see_programs()
     if answers_amqp("localhost", PORT):  # a package that has just been installed may start its service
         return find()
@@ -90,7 +90,7 @@ def started(otherwise: str = "") -> Node | Container | None:
     """Return what was started here and still runs. If nothing does, NodeError that names another command, if any."""
     server = next((server for server in (private_node(), Container()) if server.running), None)
     if otherwise and not server:
-        raise NodeError(f"no RabbitMQ runs that make started: make rabbitmq. For one of your own: sudo {otherwise}")
+        raise NodeError(f"make has started no RabbitMQ here (make rabbitmq does). For your own one: sudo {otherwise}")
     return server
 
 
