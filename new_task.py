@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """usage: python new_task.py [WORD ...]   or   python new_task.py - < FILE
 
-Send a task to the queue of worker.py: the words, joined with spaces, or "Hello World!"; or, with -, each line of
-standard input. After -- everything is a word. "Sent" means that RabbitMQ has the task on disk and has said so.
-The exit status is 0 if so, 1 if not, and 2 if the command line is wrong. RabbitMQ is on localhost, unless
-AMQP_URL=amqp://USER:PASSWORD@HOST/ names another one.
+Send a task to the queue of worker.py: the words, joined with spaces, or "Hello
+World!"; or, with -, each line of standard input. After -- everything is a word.
+"Sent" means that RabbitMQ has the task on disk and has said so. The exit status
+is 0 if so, 1 if not, and 2 if the command line is wrong. RabbitMQ is on
+localhost, unless AMQP_URL=amqp://USER:PASSWORD@HOST/ names another one.
 """
 
 import os

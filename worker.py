@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """usage: python worker.py   or   python worker.py --graceful
 
-Do the tasks that new_task.py sends, one at a time, until Ctrl+C. Start as many as you like, each in its own shell.
-A task is acknowledged after it is done: if this worker dies before that, RabbitMQ gives it to another one. With
---graceful, SIGTERM lets the worker finish its task first. RabbitMQ is on localhost, unless
-AMQP_URL=amqp://USER:PASSWORD@HOST/ names another one.
+Do the tasks that new_task.py sends, one at a time, until Ctrl+C. Start as many
+as you like, each in its own shell. A task is acknowledged after it is done: if
+this worker dies before that, RabbitMQ gives the task to another one. With
+--graceful, SIGTERM lets the worker finish its task first. RabbitMQ is on
+localhost, unless AMQP_URL=amqp://USER:PASSWORD@HOST/ names another one.
 """
 
 import sys

@@ -1,7 +1,8 @@
 """usage: python -m task_queue.dead_letters list|requeue
 
-Look after the tasks that were set aside. A worker puts a task into the queue task_queue_dead_letters when it has failed
-too often. `list` shows those tasks, and keeps them; `requeue` sends them to task_queue again.
+Look after the tasks that were set aside. A worker puts a task into the queue
+task_queue_dead_letters when it has failed too often. `list` shows those tasks,
+and keeps them; `requeue` sends them to task_queue again.
 """
 
 import sys

@@ -27,7 +27,8 @@ COUNTED = re.compile(r" \[x\] (?P<what>Sent|Received|Done)( (?P<task>b?['\"].*['
 PYTHON = sys.executable.removeprefix(f"{ROOT}/")
 
 GO_ON = """
-RabbitMQ stays up; make stop stops it if the demo started it. Continue by hand, as README.md shows:
+RabbitMQ stays up; make stop stops it if the demo started it. Continue by hand,
+as README.md shows:
     source .venv/bin/activate
     python worker.py
     python new_task.py A task of three seconds..."""
@@ -112,7 +113,7 @@ class Demo:
 def round_robin(demo: Demo) -> None:
     """1. Two workers share the tasks
 
-    Each dot in a task is a second of work. Watch which worker receives which task.
+    Each dot in a task is a second of work. Watch which worker gets which task.
     """
     demo.work(1)
     demo.work(2)
@@ -125,8 +126,9 @@ def round_robin(demo: Demo) -> None:
 def killed_workers(demo: Demo) -> None:
     """2. A worker is killed in the middle of a task
 
-    First by Ctrl+C, which lets it hand its task back; then by kill -9, which lets it do nothing at all.
-    RabbitMQ keeps a task until its worker says that it is done. Watch who does it in the end.
+    First by Ctrl+C: it hands its task back. Then by kill -9: it can do nothing.
+    RabbitMQ keeps a task until its worker says that it is done. Watch who does
+    it in the end.
     """
     task = "A long task....."
     demo.send(task)
@@ -149,7 +151,8 @@ def killed_workers(demo: Demo) -> None:
 def fair_dispatch(demo: Demo) -> None:
     """3. A heavy task and four light ones
 
-    A worker gets its next task only when it has done the last one (prefetch 1). Watch the free worker.
+    A worker gets its next task only when it has done the last one (prefetch 1).
+    Watch the free worker.
     """
     heavy, light = "A heavy task........", [f"Light task {number}." for number in (1, 2, 3, 4)]
     demo.send(heavy, *light)
@@ -160,12 +163,13 @@ def fair_dispatch(demo: Demo) -> None:
 def killed_rabbitmq(demo: Demo) -> None:
     """4. RabbitMQ is killed while tasks wait
 
-    'Sent' means that RabbitMQ has the task on disk. Watch whether a worker gets all three.
+    'Sent' means that RabbitMQ has the task on disk. Watch whether a worker gets
+    all three.
     """
     demo.ctrl_c(1)
     demo.ctrl_c(2)
     if not demo.server:
-        print("   Left out: the demo did not start this RabbitMQ, so it is not the demo's to kill.")
+        print("   Left out: the demo did not start this RabbitMQ, so it must not kill it.")
         return
     tasks = [f"Kept task {number}." for number in (1, 2, 3)]
     demo.send(*tasks)
