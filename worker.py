@@ -33,7 +33,7 @@ def do_tasks(channel) -> None:
     channel.basic_qos(prefetch_count=1)
     say(" [*] Waiting for messages. To exit press CTRL+C")
     for method, properties, task in channel.consume(QUEUE):
-        say(f" [x] Received {shown(task)}" + " (redelivered)" * method.redelivered)
+        say(f" [x] Received {shown(task)}" + (" (redelivered)" if method.redelivered else ""))
         try:
             with channel.heartbeats():  # keep the connection alive, turn errors into TaskFailed
                 work(task)

@@ -9,8 +9,8 @@ from typing import Any
 
 # How much of a task is shown, in characters (or bytes, if it is not text); how often the line of progress is drawn.
 SHOWN, PROGRESS_SECONDS = 500, 0.5
-# The encoding of the terminal or the file: what doesn't fit is escaped. sys.stdout is None if the shell closed it.
-ENCODING = sys.stdout.encoding if sys.stdout else "utf-8"
+# The encoding of the terminal or the file: what doesn't fit is escaped. A closed or replaced sys.stdout may have none.
+ENCODING = getattr(sys.stdout, "encoding", None) or "utf-8"
 
 
 def arguments(usage: str, fit: Callable[[list[str]], bool]) -> list[str]:

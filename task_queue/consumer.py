@@ -95,7 +95,7 @@ class Channel:
             self._stop_if_told()
             with lost_rabbitmq():
                 delivery = next(deliveries, None)
-            self._waiting = False
+            self._waiting, self._in_hand = False, bool(delivery and delivery[0])
             self._stop_if_told()
             if not delivery:  # RabbitMQ has ended our consumer, and nothing else
                 just_now = time.monotonic() < done_at + TICK_SECONDS
@@ -108,7 +108,6 @@ class Channel:
                     if tag in self._held:  # so the others can't be set aside, either
                         break
                 continue
-            self._in_hand = True
             tries = self._earlier_deliveries(method, properties)
             if tries < dead_letters.MAX_DELIVERIES:
                 yield delivery

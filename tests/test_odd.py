@@ -215,6 +215,12 @@ def test_what_work_does_to_standard_output_stops_nobody(broker, shells, worker_w
     assert worker.output().count(DONE) == 3
 
 
+def test_lines_appear_though_a_program_has_replaced_standard_output(offline):
+    replaced = "import io, sys; sys.stdout = io.StringIO()"
+    script = offline.start("-c", f"{replaced}; from task_queue import console; console.say('ü')")
+    assert (script.ends(), script.output()) == (0, ["ü"])
+
+
 def test_a_long_task_is_shown_shortened_and_done_whole(broker, shells, worker_with):
     finish(shells.feed("x" * 1_000_000), 1)
     shells.new_task("y" * 100_000)
