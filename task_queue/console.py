@@ -3,9 +3,7 @@
 import os
 import stat
 import sys
-import time
 from collections.abc import Callable
-from typing import Any
 
 # How much of a task is shown, in characters (or bytes, if it is not text); how often the line of progress is drawn.
 SHOWN, PROGRESS_SECONDS = 500, 0.5
@@ -65,28 +63,12 @@ def warn(message: str, after_ctrl_c: bool = False) -> None:
     say(f"{start} [!] {printable(message)}", to=2)
 
 
-class Progress:
-    """A line that shows how far the sending of a file is. Nothing is drawn without a file, or without a terminal."""
-
-    def __init__(self, tasks: Any):
-        self.of_lines = hasattr(tasks, "fileno")
-        self._file = tasks.fileno() if self.of_lines and os.isatty(2) else None
-        self._began = self._drawn_at = time.monotonic()
-
-    def show(self, sent: int, confirmed: int) -> None:
-        """Draw the line, unless that was done just now."""
-        now = time.monotonic()
-        if self._file is None or now < self._drawn_at + PROGRESS_SECONDS:
-            return
-        self._drawn_at, seconds = now, now - self._began
-        line = f" {sent} sent, {confirmed} confirmed, {confirmed / seconds:.0f}/s"
-        status = os.fstat(self._file)
-        if stat.S_ISREG(status.st_mode) and (read := os.lseek(self._file, 0, os.SEEK_CUR)):
-            line += f", {max(0, status.st_size / read - 1) * seconds:.0f} s left"
-        # Erased to its right, and the cursor back at its left: what is printed next takes its place.
+def draw(file: int, seconds: float, sent: int, confirmed: int) -> None:
+    """Show how far the sending of a file is, after so many seconds, if standard error is a terminal."""
+    line = f" {sent} sent, {confirmed} confirmed, {confirmed / seconds:.0f}/s"
+    status = os.fstat(file)
+    if stat.S_ISREG(status.st_mode) and (read := os.lseek(file, 0, os.SEEK_CUR)):
+        line += f", {max(0, status.st_size / read - 1) * seconds:.0f} s left"
+    # Erased to its right, and the cursor back at its left: what is printed next takes its place.
+    if os.isatty(2):
         say(f"{line}\x1b[K", end="\r", to=2)
-
-    def end(self) -> None:
-        """Erase the line."""
-        if self._drawn_at > self._began:
-            say("\x1b[K", end="", to=2)

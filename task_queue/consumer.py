@@ -5,7 +5,6 @@ threads can share (it is on its main branch), use it in place of heartbeats() an
 """
 
 import contextlib
-import io
 import os
 import random
 import signal
@@ -24,8 +23,6 @@ FIRST_PAUSE, LAST_PAUSE, GOOD = 0.5, 3, 30
 # How often the connection is looked after during work; and how long a worker that is told to stop waits for RabbitMQ to
 # take its task back, before it just goes.
 TICK_SECONDS, GOODBYE_SECONDS = 0.2, 5
-# A task that can't be set aside is held, and tried again when there was nothing else to do for so long.
-HOLD_SECONDS = 60
 # The signals that end a worker, as the user knows them.
 SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl+C", signal.SIGTERM: "SIGTERM"}
 # Up to RabbitMQ 4.2 it closes the channel, from 4.3 on it only cancels the consumer.
@@ -46,21 +43,21 @@ class TaskFailed(Exception):
 class Channel:
     """pika's BlockingChannel, on a queue that is safe to use, with heartbeats during the work.
 
-    Its calls raise Lost when the connection is gone; consume() and heartbeats() raise Stop when a signal has come.
+    Its calls raise Lost when the connection is gone, and Stop when a signal has come.
     """
 
     def __init__(self, graceful: bool):
         self._connection: Any = None
         self._channel: Any = None
         self._counts = False  # whether the queue counts deliveries
-        self._in_hand = False  # whether there is a task that is not acknowledged
-        self._held: dict[int, tuple[Any, ...]] = {}  # and others, that could not be set aside, by delivery tag
+        self._deliveries: Iterator[Any] = iter(())
         self._told = ""  # why the connection ended, if the user knows that
         self._pika = threading.RLock()  # pika must not be used by two threads at once
         self._pika.acquire()  # the main thread has it, except in heartbeats()
+        self._working = False  # whether it is in heartbeats()
+        self._graceful = graceful
         self._signal = 0  # the first one that came
-        self._waits = {signal.SIGTERM} if graceful else set()  # the signals that don't interrupt the work
-        self._working = self._waiting = False  # whether we do a task, or wait for one: a signal interrupts only these
+        self._finishing = self._leaving = False  # whether it waits for the task; whether we hand back what we have
         self._pid = os.getpid()
         for signum in SIGNALS:
             signal.signal(signum, self._on_signal)
@@ -84,36 +81,23 @@ class Channel:
 
     def consume(self, queue: str) -> Iterator[tuple[Any, Any, bytes]]:
         """Yield (method, properties, body) as pika's does; but a task that has killed ten workers is set aside."""
-        deliveries, held, done_at = self._channel.consume(queue), 0, 0.0
+        self._queue, done_at = queue, 0.0
+        self._deliveries = self._channel.consume(queue)
         while True:
-            if len(self._held) > held:  # RabbitMQ gives this consumer nothing more, but a new one another task
-                with lost_rabbitmq():
-                    self._channel.cancel()
-                    deliveries = self._channel.consume(queue, inactivity_timeout=HOLD_SECONDS)
-            held = len(self._held)
-            self._waiting = True
             self._stop_if_told()
             with lost_rabbitmq():
-                delivery = next(deliveries, None)
-            self._waiting, self._in_hand = False, bool(delivery and delivery[0])
+                delivery = next(self._deliveries, None)
             self._stop_if_told()
             if not delivery:  # RabbitMQ has ended our consumer, and nothing else
                 just_now = time.monotonic() < done_at + TICK_SECONDS
                 return console.warn(TOO_LONG if just_now else f"The queue {queue!r} was deleted. Declaring it again.")
             method, properties, task = delivery
-            if not method:  # nothing has come for HOLD_SECONDS
-                for tag, letter in list(self._held.items()):
-                    self._stop_if_told()
-                    self._set_aside(*letter)
-                    if tag in self._held:  # so the others can't be set aside, either
-                        break
-                continue
             tries = self._earlier_deliveries(method, properties)
             if tries < dead_letters.MAX_DELIVERIES:
                 yield delivery
             else:
                 self._set_aside(method, properties, task, tries, "its workers died or were stopped")
-            self._in_hand, done_at = False, time.monotonic()
+            done_at = time.monotonic()
 
     def heartbeats(self) -> "Channel":
         """In a `with` block of this, RabbitMQ keeps hearing from us. What that raises, except Stop, becomes TaskFailed.
@@ -124,8 +108,7 @@ class Channel:
 
     def __enter__(self) -> None:
         self._working = True
-        if self._signal not in self._waits:
-            self._stop_if_told()
+        self._stop_if_told()
         self._pika.release()
 
     def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
@@ -152,27 +135,26 @@ class Channel:
         count = (properties.headers or {}).get("x-delivery-count") if self._counts and method.redelivered else 0
         return count if isinstance(count, int) else 0
 
+    @lost_rabbitmq()
     def _set_aside(self, method: Any, properties: Any, task: bytes, tries: int, why: str) -> None:
         """Move a task to the dead letters. If that fails, hold it: handed back, it would return at once."""
         try:
             with self.heartbeats():
                 dead_letters.set_aside(task, properties, tries, why)
         except TaskFailed as failure:
-            if method.delivery_tag not in self._held:
-                console.warn(f"Can't set aside {console.shown(task)}: {failure.__cause__} Holding it until I can.")
-            self._held[method.delivery_tag] = (method, properties, task, tries, why)
+            console.warn(f"Can't set aside {console.shown(task)}: {failure.__cause__} Holding it until I stop.")
+            self._channel.cancel()  # RabbitMQ gives this consumer nothing more, but a new one another task
+            self._deliveries = self._channel.consume(self._queue)
         else:
             # Only now that RabbitMQ has confirmed the copy: a crash in between leaves two, never none.
-            self.basic_ack(method.delivery_tag)
-            self._held.pop(method.delivery_tag, None)
+            self._channel.basic_ack(method.delivery_tag)
             console.warn(f"Set aside {console.shown(task)} in {DEAD_LETTERS} after {tries} deliveries: {why}")
 
     def run(self, do_tasks: Callable[["Channel"], None]) -> None:
         """Call do_tasks(self) on one connection after another. Ends with Stop, or Refused if waiting doesn't help."""
         pause, known = FIRST_PAUSE, set[str]()
         while True:
-            began = time.monotonic()
-            self._in_hand, self._held, self._told = False, {}, ""
+            began, self._told = time.monotonic(), ""
             try:
                 self._connection = connect("worker.py")
                 do_tasks(self)
@@ -192,32 +174,27 @@ class Channel:
             pause = min(2 * pause, LAST_PAUSE)
 
     def hand_back(self) -> None:
-        """Give the tasks in hand back to RabbitMQ, which gives them to other workers; and say goodbye."""
-        self._working = self._waiting = False
+        """Give what we have to RabbitMQ, which gives it to other workers; and say goodbye to it."""
+        self._working, self._leaving = False, True
+        if self._finishing:
+            self._say_goodbye()
         self._pika.acquire()  # a signal may have come before we had it back
-        what = ""
-        if self._in_hand or self._held:
-            what = " The task in hand goes back to the queue."
-            with contextlib.suppress(*PIKAS_ERRORS):
-                self._channel.cancel()  # first: or RabbitMQ gives them to us again
-                # A nack, not a reject: since RabbitMQ 4.3 it doesn't count as a failure of the task.
-                self._channel.basic_nack(0, multiple=True, requeue=True)
+        with contextlib.suppress(AttributeError, *PIKAS_ERRORS):  # there may be no channel
+            self._channel.cancel()  # first: or RabbitMQ gives the task to us again
+            # A nack, not a reject: since RabbitMQ 4.3 it doesn't count as a failure of the task.
+            self._channel.basic_nack(0, multiple=True, requeue=True)
         self._close()
-        self._say_goodbye(what)
 
     def _close(self) -> None:
         with contextlib.suppress(AttributeError, *PIKAS_ERRORS):  # there may be none
             self._connection.close()
 
     def _look_after(self) -> None:
-        """The second thread: answer heartbeats during the work; end the process if that does not stop in time."""
+        """The second thread: answer heartbeats during the work."""
         # Signals are for the main thread: one that this thread took would not wake it where it waits for the network.
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        left: float = GOODBYE_SECONDS
-        while left > 0:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        while True:
             time.sleep(TICK_SECONDS)
-            if self._signal and not (self._working and self._signal in self._waits):
-                left -= TICK_SECONDS
             if self._working and not self._told and self._pika.acquire(blocking=False):
                 try:
                     with lost_rabbitmq():
@@ -228,22 +205,26 @@ class Channel:
                 self._pika.release()
                 if self._told:
                     console.warn(self._told)
-        if self._signal > 0:  # it was not said; in a thread, as perhaps nobody reads what we print
-            threading.Thread(target=self._say_goodbye, daemon=True).start()
-            time.sleep(TICK_SECONDS)
-        os._exit(0)
 
     def _on_signal(self, signum: int, _frame: Any) -> None:
         if self._signal:
             os._exit(0)  # RabbitMQ sees the connection close, and gives the task to another worker
         self._signal = signum
-        if self._working and signum in self._waits:
-            console.warn("SIGTERM: will stop when this task is done, or at once on a second signal.")
-        elif self._working:
+        self._finishing = self._working and self._graceful and signum == signal.SIGTERM
+        if self._finishing:
+            return console.warn("SIGTERM: will stop when this task is done, or at once on a second signal.")
+        self._say_goodbye()
+        if self._working:
             raise Stop
-        elif self._waiting:  # in pika's code, which must not be interrupted
-            with contextlib.suppress(*PIKAS_ERRORS):  # it may have lost the connection
-                self._connection.add_callback_threadsafe(self._stop_if_told)
+        with contextlib.suppress(AttributeError, *PIKAS_ERRORS):  # there may be no connection
+            self._connection.add_callback_threadsafe(self._stop_if_told)  # pika must not be interrupted
+
+    def _say_goodbye(self) -> None:
+        """Say that we stop; and do so in time, even if nobody listens."""
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+        signal.alarm(GOODBYE_SECONDS)
+        what = " The task in hand goes back to the queue." if self._working else ""
+        console.warn(f"Stopped by {SIGNALS[self._signal]}.{what}", after_ctrl_c=self._signal == signal.SIGINT)
 
     def _in_a_child(self) -> None:
         """In a process that work() forked: a signal ends it like any process, and the connection is not its own."""
@@ -252,13 +233,8 @@ class Channel:
             signal.signal(signum, signal.SIG_DFL)
 
     def _stop_if_told(self) -> None:
-        if self._signal:
+        if self._signal and not self._leaving:
             raise Stop
-
-    def _say_goodbye(self, what: str = "") -> None:
-        name, self._signal = SIGNALS.get(self._signal), -1
-        if name:  # else it was said
-            console.warn(f"Stopped by {name}.{what}", after_ctrl_c=name == "Ctrl+C")
 
 
 def keep_working(do_tasks: Callable[[Channel], None], usage: str) -> int:
@@ -267,7 +243,7 @@ def keep_working(do_tasks: Callable[[Channel], None], usage: str) -> int:
     usage: the worker's --help. With its only option, --graceful, SIGTERM waits for the task in hand; Ctrl+C never does.
     """
     graceful = bool(console.arguments(usage, lambda words: words in ([], ["--graceful"])))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # the shell has not closed it
+    if hasattr(sys.stdout, "reconfigure"):  # the shell has not closed it
         sys.stdout.reconfigure(line_buffering=True)  # for what work() prints
     channel = Channel(graceful)
     try:

@@ -36,9 +36,8 @@ class NotConfirmed(Exception):
     Later tasks may have arrived as well: sending them again may double some, but loses none.
     """
 
-    def __init__(self, why: str, confirmed: int, of_lines: bool = False):
-        rest = f"to send the others: tail -n +{confirmed + 1} FILE | python new_task.py -"
-        super().__init__(why + f" The first {confirmed} lines are confirmed; {rest}" * of_lines)
+    def __init__(self, why: str, confirmed: int):
+        super().__init__(why)
         self.confirmed = confirmed
 
 
@@ -58,15 +57,17 @@ class Channel:
     def __init__(self, name: str):
         """name: what RabbitMQ will call the connection."""
         self._name = name
-        self._steps: dict[str, Callable[[], None]] = {}  # what makes a connection fit for use
+        self._queue, self._ready = "", False  # what is declared, and whether it ever was
         self._connection: Any = None
         self._channel: Any = None
         self._frames: list[bytes] = []  # what is not passed on to the network
-        self._messages: dict[int, _Message] = {}  # what waits for a confirm on this connection, by delivery tag
-        self._again: list[_Message] = []  # what was not stored, or was lost: to be sent again on the next one
-        self._tag = self._size = 0  # the last delivery tag of this connection, and the size of what waits
-        self._refusal = self._alarm = ""  # why RabbitMQ gave a task back, or takes none
-        self._progress, self._position = console.Progress(None), 0  # and how many tasks of each() are handed over
+        self._messages: dict[int, _Message] = {}  # what is not confirmed, in order, by its delivery tag
+        self._nacked = set[int]()  # those that RabbitMQ could not store: they must be sent again
+        self._tag = self._size = 0  # the last delivery tag of this connection, and the size of what is not confirmed
+        self._refusal = ""  # why RabbitMQ gave a task back
+        self._file: int | None = None  # where each() reads the tasks, if it is a file
+        self._position = 0  # how many of each() are handed over
+        self._began = self._drawn_at = 0.0  # when that began, and when the progress was drawn
         self._waited = self._looked_at = 0.0  # how long nothing was confirmed, and the time when we looked last
         self._problem, self._told = "", set[str]()  # why nothing is confirmed, and what the user knows of that
 
@@ -80,24 +81,26 @@ class Channel:
             with contextlib.suppress(Exception):  # there may be none; and all is confirmed, whatever comes now
                 self._connection.close()
         self._drop()
-        self._progress.end()
+        if self._drawn_at > self._began and os.isatty(2):
+            console.say("\x1b[K", end="", to=2)  # the progress
 
     def queue_declare(self, queue: str, durable: bool = True, arguments: Any = QUORUM) -> None:
-        """Declare a durable quorum queue, now and on each new connection; see declaration.py."""
-        self._on_each_connection("declare", lambda: self._declare(queue))
+        """Declare a durable quorum queue (see declaration.py), now and on each new connection. A channel has one."""
+        self._queue = queue
+        self._on_a_connection(lambda: None)
 
     def confirm_delivery(self) -> None:
-        """Let RabbitMQ confirm each task, now and on each new connection."""
-        self._on_each_connection("confirm", self._ask_for_confirms)
+        """As pika's. There is nothing left to do, as this channel asks for confirms on each connection."""
 
     def each(self, tasks: Iterable[bytes] | IO[bytes]) -> Iterator[bytes]:
         """Yield each of the tasks; of a file, each line that is not empty, without its newline, as it comes.
 
         While there is nothing to read yet, the connection is looked after.
         """
-        self._progress, self._position = console.Progress(tasks), 0
-        for task in self._lines(tasks.fileno()) if hasattr(tasks, "fileno") else tasks:
-            if task or not self._progress.of_lines:
+        self._file, self._position = tasks.fileno() if hasattr(tasks, "fileno") else None, 0
+        self._began = self._drawn_at = time.monotonic()
+        for task in tasks if self._file is None else self._lines(self._file):
+            if task or self._file is None:
                 yield task
             self._position += 1  # only now: what is not handed over must not look confirmed
 
@@ -106,7 +109,7 @@ class Channel:
     ) -> None:
         """Send a task. It is kept until it is confirmed, and sent again if need be: see wait_for_confirms()."""
         size = max(len(body), SMALL)
-        if self._size + size > WINDOW or self._again or not self._connection:
+        if self._size + size > WINDOW or self._nacked or not self._connection:
             self.wait_for_confirms(but=max(0, WINDOW - ROOM - size))
         self._publish(_Message(self._position + 1, size, (exchange, routing_key, body, properties, mandatory)))
         if self._tag % BATCH == 1 or time.monotonic() > self._looked_at + BATCH_SECONDS:
@@ -114,12 +117,7 @@ class Channel:
 
     def wait_for_confirms(self, but: int = 0) -> None:
         """Return when RabbitMQ has confirmed every task, or all but so many bytes of tasks."""
-        self._on_a_connection(lambda: self._until(lambda: self._size <= but and not self._again))
-
-    def _on_each_connection(self, name: str, step: Callable[[], None]) -> None:
-        """Do step() now and on each new connection."""
-        self._on_a_connection(step)
-        self._steps[name] = step
+        self._on_a_connection(lambda: self._until(lambda: self._size <= but and not self._nacked))
 
     def _on_a_connection(self, step: Callable[[], None]) -> None:
         """Do step(), on as many connections as it takes. NotConfirmed if there is no hope in another one."""
@@ -141,12 +139,12 @@ class Channel:
     def _pause(self, problem: Unreachable) -> None:
         """Wait before another attempt, and say why. NotConfirmed if there is no hope in that."""
         if isinstance(problem.__cause__, ConnectionBlockedTimeout):
-            raise self._not_confirmed(f"{self._alarm} Free some there; rabbitmq-diagnostics alarms tells more.")
+            raise self._not_confirmed(f"{self._problem} Free some there; rabbitmq-diagnostics alarms tells more.")
         if not isinstance(problem, Lost):
-            if not self._steps:  # at the start, who runs a command wants to know at once
+            if not self._ready:  # at the start, who runs a command wants to know at once
                 raise self._not_confirmed(str(problem))
             self._tell(str(problem), f"Trying for up to {GIVE_UP_SECONDS} s.")
-        elif self._again:
+        elif self._messages:
             self._tell(str(problem), "Reconnecting, to send again what is not confirmed.")
         time.sleep(PAUSE)
         self._look()
@@ -159,30 +157,18 @@ class Channel:
         self._told.add(problem)
 
     def _connect(self) -> None:
-        """Make a connection that is as far as the one before, and send again what that left without a confirm."""
+        """Make a connection, and send again what the one before left without a confirm."""
         self._drop()  # once more, as a Ctrl+C may have cut it short
-        self._connection = connect(self._name)
+        self._connection, confirms = connect(self._name), list[Any]()
         self._connection._impl.add_on_connection_blocked_callback(self._on_blocked)
-        for step in self._steps.values():
-            step()
-        while self._again:
-            self._publish(self._again[0])
-            del self._again[0]  # only now: a Ctrl+C must find it in one of the two
-
-    def _declare(self, queue: str) -> None:
-        channel, _ = declaration.declare(self._connection, queue)
-        if not self._channel:
-            self._channel = channel
-            return
-        channel.close()  # a program declares once more: delivery tags must go on
-        if not self._channel.is_open:
-            raise self._channel._closing_reason
-
-    def _ask_for_confirms(self) -> None:
-        asked: list[Any] = []
+        self._channel, _ = declaration.declare(self._connection, self._queue)
         self._channel._impl.add_on_return_callback(self._on_return)
-        self._channel._impl.confirm_delivery(self._on_confirm, callback=asked.append)
-        self._until(lambda: bool(asked))
+        self._channel._impl.confirm_delivery(self._on_confirm, callback=confirms.append)
+        self._until(lambda: bool(confirms))
+        self._ready, self._problem = True, ""
+        self._messages = dict(enumerate(self._messages.values(), 1))
+        for message in list(self._messages.values()):
+            self._publish(message)
 
     def _publish(self, message: _Message) -> None:
         connection = self._connection._impl
@@ -216,13 +202,15 @@ class Channel:
         now = time.monotonic()
         self._waited += min(now - self._looked_at, STOPPED_SECONDS)
         self._looked_at = now
-        self._progress.show(self._position, max(0, self._position - len(self._messages) - len(self._again)))
+        if self._file is not None and now > self._drawn_at + console.PROGRESS_SECONDS:
+            self._drawn_at = now
+            console.draw(self._file, now - self._began, self._position, max(0, self._position - len(self._messages)))
         if self._refusal:
             raise self._not_confirmed(self._refusal)
-        if self._tag and self._again and not self._messages:  # a nack, and all others are answered
+        if self._nacked and len(self._nacked) == len(self._messages):  # all others are answered
             raise Unreachable("RabbitMQ could not store a task, as its queue is full or has no leader.")
-        if self._connection and not self._messages and not self._again:
-            self._waited, self._told = 0, set()
+        if self._connection and not self._messages:
+            self._waited, self._problem, self._told = 0, "", set()
         if self._waited > GIVE_UP_SECONDS:
             cure = f"rabbitmqctl delete_queue {QUEUE} deletes a queue that can't come back."
             why = self._problem or f"RabbitMQ confirms nothing. In a cluster, are most of its nodes up? {cure}"
@@ -231,8 +219,7 @@ class Channel:
     def _drop(self) -> None:
         """Let go of the connection, whatever state it is in. What it has not confirmed must be sent again."""
         connection, self._connection, self._channel = self._connection, None, None
-        self._again[:0] = self._messages.values()
-        self._messages, self._frames, self._tag, self._size, self._refusal = {}, [], 0, 0, ""
+        self._frames, self._nacked, self._tag, self._size, self._refusal = [], set(), 0, 0, ""
         if connection:
             close_socket(connection)
             connection._cleanup()
@@ -240,9 +227,12 @@ class Channel:
     def _not_confirmed(self, why: str) -> NotConfirmed:
         """Give up what is not confirmed, and return what to raise."""
         self._drop()
-        leading = min((message.position - 1 for message in self._again), default=self._position)
-        self._again, self._waited = [], 0
-        return NotConfirmed(why, leading, self._progress.of_lines)
+        confirmed = min((message.position - 1 for message in self._messages.values()), default=self._position)
+        self._messages, self._waited = {}, 0
+        if self._file is not None:
+            rest = f"to send the others: tail -n +{confirmed + 1} FILE | python new_task.py -"
+            why += f" The first {confirmed} lines are confirmed; {rest}"
+        return NotConfirmed(why, confirmed)
 
     def _lines(self, file: int) -> Iterator[bytes]:
         rest, chunk = bytearray(), b"\n"
@@ -278,17 +268,14 @@ class Channel:
         last = frame.method.delivery_tag
         up_to_last = itertools.takewhile(lambda tag: tag <= last, self._messages)  # they are in order
         for tag in list(up_to_last) if frame.method.multiple else [last]:
-            if tag not in self._messages or self._refusal:  # RabbitMQ confirms a task that it gave back, too
-                continue
             if isinstance(frame.method, Basic.Nack):
-                self._again.append(self._messages[tag])
-            else:
-                self._waited, self._problem = 0, ""
-            self._size -= self._messages.pop(tag).size
+                self._nacked.add(tag)
+            elif tag not in self._nacked and not self._refusal:  # RabbitMQ confirms a task that it gave back, too
+                self._waited = 0
+                self._size -= self._messages.pop(tag).size
 
     def _on_return(self, _channel: Any, method: Any, _properties: Any, _body: bytes) -> None:
         self._refusal = f"RabbitMQ gave a task back ({method.reply_text}). Was the queue deleted just now?"
 
     def _on_blocked(self, _connection: Any, frame: Any) -> None:
-        self._alarm = f"RabbitMQ takes no tasks for now: {frame.method.reason}."
-        self._tell(self._alarm, f"Waiting up to {BLOCKED_SECONDS} s.")
+        self._tell(f"RabbitMQ takes no tasks for now: {frame.method.reason}.", f"Waiting up to {BLOCKED_SECONDS} s.")
