@@ -56,10 +56,7 @@ def lost_rabbitmq(hopeless: tuple[int, ...] = (403,)) -> Iterator[None]:
 
 
 def connect(name: str) -> pika.BlockingConnection:
-    """Return a connection to the first node that lets us in. name: what RabbitMQ will call it.
-
-    Unreachable if none does now, Refused if every one refuses for a reason that waiting won't cure.
-    """
+    """Return a connection, of that name, to the first node that lets us in. Unreachable or Refused if none does."""
     problems = []
     for node in nodes(name):
         try:
@@ -104,20 +101,17 @@ def _explained(error: Any, node: pika.URLParameters) -> Unreachable | Refused:
     # RabbitMQ answers 403 to wrong credentials, 530 to a virtual host that isn't there or isn't ours. pika raises the
     # same two classes when the connection merely breaks at that moment, which waiting does cure.
     if isinstance(error, ProbableAuthenticationError) and "(403)" in text:
-        local = user != "guest" or node.host in ("localhost", "127.0.0.1", "::1")
-        hint = "" if local else "; by default RabbitMQ lets guest in from its own machine only"
+        hint = "; by default, guest may only come from RabbitMQ's own machine" if user == "guest" else ""
         return Refused(f"RabbitMQ at {where} refuses user {user!r}. Check user and password in AMQP_URL{hint}.")
     if isinstance(error, ProbableAccessDeniedError) and "(530)" in text:
         if "limit (" in text:  # so many connections, for now
             return Unreachable(f"RabbitMQ at {where} accepts no more connections ({text}).")
         problem = f"RabbitMQ at {where} has no virtual host {node.virtual_host!r}, or user {user!r} may not use it."
         return Refused(f"{problem} Check what follows the port in AMQP_URL.")
-    if isinstance(error, ssl.SSLCertVerificationError):
-        problem = f"the certificate of {where} is not to be trusted ({error.verify_message.rstrip('.')})."
-        return Refused(f"{problem} Correct the host in AMQP_URL, or name the CA's file in SSL_CERT_FILE.")
     # A connection that breaks while TLS is set up is an SSLError as well.
     if isinstance(error, ssl.SSLError) and "EOF" not in text:
-        return Refused(f"{where} does not speak TLS ({error.reason}). Use amqp://, or the port that is for amqps://.")
+        remedy = "amqp:// is without TLS; SSL_CERT_FILE names the file of your own CA."
+        return Refused(f"TLS with {where} fails ({text}). Check host and port in AMQP_URL; {remedy}")
     remedy = "Is it running (in this folder: make rabbitmq), and does AMQP_URL say where?"
     return Unreachable(f"can't reach RabbitMQ at {where} ({text}). {remedy}")
 
@@ -146,7 +140,7 @@ _pikas_decode_value = pika.data.decode_value
 def _decode_value(encoded: bytes, offset: int) -> tuple[Any, int]:
     """Decode a header's value. pika 1.4.4 drops the connection over a timestamp after 9999: return that as a number.
 
-    It would do so to each worker in turn. Remove this when a release of pika has the cure (pika issue 1698).
+    Remove this when a release of pika has the cure (pika issue 1698).
     """
     try:
         return _pikas_decode_value(encoded, offset)

@@ -41,10 +41,7 @@ class TaskFailed(Exception):
 
 
 class Channel:
-    """pika's BlockingChannel, on a queue that is safe to use, with heartbeats during the work.
-
-    Its calls raise Lost when the connection is gone, and Stop when a signal has come.
-    """
+    """pika's channel, with heartbeats during the work. Raises Lost without a connection, and Stop after a signal."""
 
     def __init__(self, graceful: bool):
         self._connection: Any = None
@@ -55,7 +52,7 @@ class Channel:
         self._pika = threading.RLock()  # pika must not be used by two threads at once
         self._pika.acquire()  # the main thread has it, except in heartbeats()
         self._working = False  # whether it is in heartbeats()
-        self._graceful = graceful
+        self._graceful = graceful  # whether SIGTERM waits for the task in hand; Ctrl+C never does
         self._signal = 0  # the first one that came
         self._finishing = self._leaving = False  # whether it waits for the task; whether we hand back what we have
         self._pid = os.getpid()
@@ -100,10 +97,7 @@ class Channel:
             done_at = time.monotonic()
 
     def heartbeats(self) -> "Channel":
-        """In a `with` block of this, RabbitMQ keeps hearing from us. What that raises, except Stop, becomes TaskFailed.
-
-        A process that the block forks ends with it.
-        """
+        """In a `with` block of this, RabbitMQ keeps hearing from us. What that raises becomes TaskFailed, or Stop."""
         return self
 
     def __enter__(self) -> None:
@@ -167,8 +161,7 @@ class Channel:
             self._close()
             if time.monotonic() > began + GOOD:
                 pause, known = FIRST_PAUSE, set()
-            end = time.monotonic() + pause * random.uniform(0.5, 1)
-            while time.monotonic() < end:
+            for _ in range(int(pause * random.uniform(0.5, 1) / TICK_SECONDS)):
                 self._stop_if_told()
                 time.sleep(TICK_SECONDS)
             pause = min(2 * pause, LAST_PAUSE)
@@ -240,7 +233,7 @@ class Channel:
 def keep_working(do_tasks: Callable[[Channel], None], usage: str) -> int:
     """Call do_tasks(channel) on one connection after the other, until a signal ends it; return the exit status.
 
-    usage: the worker's --help. With its only option, --graceful, SIGTERM waits for the task in hand; Ctrl+C never does.
+    usage: the worker's --help.
     """
     graceful = bool(console.arguments(usage, lambda words: words in ([], ["--graceful"])))
     if hasattr(sys.stdout, "reconfigure"):  # the shell has not closed it

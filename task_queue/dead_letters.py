@@ -93,7 +93,7 @@ def list_or_requeue(command: str) -> None:
             _send_copy(sender, queue, task, properties, {})
             channel.basic_ack(method.delivery_tag)
             shown = console.shown(task)
-            console.say(f" [x] Requeued {shown}" if command == "requeue" else f" [x] {shown}, {story}")
+            console.say(f" [x] Requeued {shown}" if queue == QUEUE else f" [x] {shown}, {story}")
 
 
 def main() -> int:

@@ -21,9 +21,8 @@ def declare(connection: BlockingConnection, queue: str) -> tuple[Any, bool]:
     newborn = f"{queue}_is_new"  # a queue that RabbitMQ deletes by itself, there while `queue` is too young for use
     found = _exists(connection, queue)
     if not found:
-        expires = {"x-queue-type": "classic", "x-expires": SETTLE_SECONDS * 1000}
         channel = connection.channel()
-        channel.queue_declare(queue=newborn, durable=True, arguments=expires)
+        channel.queue_declare(queue=newborn, durable=True, arguments={"x-expires": SETTLE_SECONDS * 1000})
         channel.close()
     # A queue with tasks or workers has been used, so it is old enough: no need to ask.
     young = not found or (found.message_count == found.consumer_count == 0 and _exists(connection, newborn))

@@ -93,10 +93,7 @@ class Channel:
         """As pika's. There is nothing left to do, as this channel asks for confirms on each connection."""
 
     def each(self, tasks: Iterable[bytes] | IO[bytes]) -> Iterator[bytes]:
-        """Yield each of the tasks; of a file, each line that is not empty, without its newline, as it comes.
-
-        While there is nothing to read yet, the connection is looked after.
-        """
+        """Yield each of the tasks; of a file, each line that is not empty, as soon as it comes, without its newline."""
         self._file, self._position = tasks.fileno() if hasattr(tasks, "fileno") else None, 0
         self._began = self._drawn_at = time.monotonic()
         for task in tasks if self._file is None else self._lines(self._file):

@@ -239,8 +239,7 @@ def test_a_second_signal_ends_a_worker_at_once(broker, shells, proxy, arguments,
     worker = shells.busy_worker("long" + FOREVER, *arguments, url=proxy.url)
     assert proxy.stall() == 1  # RabbitMQ does not answer now, so the worker can't hand its task back
     first(worker)
-    if arguments:
-        worker.wait_for("will stop")
+    worker.wait_for("will stop" if arguments else "Stopped by")
     second(worker)
     assert worker.ends(within=2) == 0
     assert proxy.cut() == 1
