@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 
 import pika
 import pytest
@@ -60,7 +59,7 @@ def pytest_collection_modifyitems(items):
             if shared in (*item.fixturenames, item.path.name):
                 item.add_marker(pytest.mark.xdist_group(shared))
     # What takes longest comes first: it must not be left alone at the end.
-    items.sort(key=lambda item: item.path.name not in ("test_pages.py", "test_chaos.py"))
+    items.sort(key=lambda item: item.path.name not in ("test_pages.py", "test_tools.py"))
 
 
 def pytest_runtest_setup(item):
@@ -171,10 +170,11 @@ class Broker:
 
     @property
     def url(self) -> str:
+        """AMQP_URL for the scripts."""
         return self.node.url
 
     def connect(self):
-        return pika.BlockingConnection(pika.URLParameters(self.url))
+        return pika.BlockingConnection(pika.URLParameters(self.node.url))
 
     def ready(self, queue: str = QUEUE) -> int:
         """How many tasks wait in the queue, without those that a worker holds."""
@@ -255,32 +255,26 @@ class Broker:
 
 
 @pytest.fixture(scope="session")
-def tls(tmp_path_factory):
-    """Where the RabbitMQ of all tests speaks TLS, as localhost and under no other name: a port.
+def node(tmp_path_factory):
+    """One RabbitMQ for all tests that don't harm it. It looks every second for tasks that take too long.
 
-    And the folder with ca.pem, of the authority that signs its certificate, and other-ca.pem, of another.
+    On its tls_port it speaks TLS, as localhost and under no other name. Its folder has ca.pem, of the authority that
+    signs its certificate, and other-ca.pem, of another.
     """
-    folder = tmp_path_factory.mktemp("certificates")
-    ca = trustme.CA()
+    folder, tls_port, ca = tmp_path_factory.mktemp("rabbitmq"), free_port(), trustme.CA()
     ca.cert_pem.write_to_path(folder / "ca.pem")
     trustme.CA().cert_pem.write_to_path(folder / "other-ca.pem")
-    server = ca.issue_cert("localhost")
-    server.private_key_and_cert_chain_pem.write_to_path(folder / "server.pem")
-    return SimpleNamespace(port=free_port(), folder=folder)
-
-
-@pytest.fixture(scope="session")
-def node(tmp_path_factory, tls):
-    """One RabbitMQ for all tests that don't harm it. It looks every second for tasks that take too long."""
+    ca.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(folder / "server.pem")
     config = f"""
-        listeners.ssl.1 = 127.0.0.1:{tls.port}
-        ssl_options.cacertfile = {tls.folder}/ca.pem
-        ssl_options.certfile = {tls.folder}/server.pem
-        ssl_options.keyfile = {tls.folder}/server.pem
+        listeners.ssl.1 = 127.0.0.1:{tls_port}
+        ssl_options.cacertfile = {folder}/ca.pem
+        ssl_options.certfile = {folder}/server.pem
+        ssl_options.keyfile = {folder}/server.pem
         max_message_size = 2000000
     """
     ticks = "[{rabbit, [{channel_tick_interval, 1000}, {quorum_tick_interval, 1000}]}]."
-    node = Node(tmp_path_factory.mktemp("rabbitmq"), config=textwrap.dedent(config), advanced=ticks)
+    node = Node(folder, config=textwrap.dedent(config), advanced=ticks)
+    node.tls_port = tls_port
     yield node.start()
     node.close()
 
@@ -310,16 +304,10 @@ def mortal(mortal_node):
 
 
 @pytest.fixture
-def shells(broker):
-    """Shells whose scripts talk to the RabbitMQ of all tests."""
-    with contextlib.closing(Shells(broker.url)) as shells:
-        yield shells
-
-
-@pytest.fixture
-def mortal_shells(mortal):
-    """Shells whose scripts talk to the RabbitMQ that may be killed."""
-    with contextlib.closing(Shells(mortal.url)) as shells:
+def shells(request):
+    """Shells whose scripts talk to the RabbitMQ of the test: that of all tests, unless it asks for another."""
+    (asked,) = {"mortal", "cluster"}.intersection(request.fixturenames) or {"broker"}
+    with contextlib.closing(Shells(request.getfixturevalue(asked).url)) as shells:
         yield shells
 
 

@@ -1,6 +1,5 @@
 """The same two scripts on a cluster of three RabbitMQ nodes: nodes die, freeze and restart, and no task is lost."""
 
-import contextlib
 import itertools
 import json
 import threading
@@ -31,7 +30,7 @@ class Cluster(Broker):
         return next(node for node in self.nodes if node.running)
 
     @property
-    def urls(self) -> str:
+    def url(self) -> str:
         """AMQP_URL for the scripts: all nodes."""
         return ";".join(f"{node.url}?heartbeat={HEARTBEAT_SECONDS}" for node in self.nodes)
 
@@ -86,13 +85,6 @@ def cluster(all_nodes):
     all_nodes.empty()
     all_nodes.wait_until_whole()
     return all_nodes
-
-
-@pytest.fixture
-def shells(cluster):
-    """Shells whose scripts know all nodes of the cluster."""
-    with contextlib.closing(Shells(cluster.urls)) as shells:
-        yield shells
 
 
 class Load:

@@ -1,11 +1,12 @@
 """What people type: wrong command lines, wrong AMQP_URLs, and tasks from the standard input."""
 
 import os
+import shlex
 import sys
 import time
 
 import pytest
-from conftest import HIDDEN, finish, refused, say
+from conftest import DONE, HIDDEN, finish, refused, say
 
 import new_task
 import worker
@@ -17,26 +18,19 @@ LOGIN = f"somebody:{HIDDEN}"
 # The command line
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("new_task.py", "-x"),
-        ("new_task.py", "--helpme"),
-        ("new_task.py", "--help", "me"),
-        ("new_task.py", "-", "First message."),
-        ("worker.py", "First message."),
-        ("worker.py", ""),
-        ("worker.py", "-"),
-        ("worker.py", "--helpme"),
-        ("worker.py", "--help", "me"),
-    ],
-    ids=" ".join,
-)
-def test_a_wrong_command_line_gets_the_usage(offline, command):
-    script = offline.start(*command)
-    assert (script.ends(), script.output()) == (2, [])
-    (line,) = script.output("stderr")
-    assert line.startswith(f"usage: python {command[0]}")
+WRONG = {
+    "new_task.py": ["-x", "--helpme", "--help me", "- 'First message.'"],
+    "worker.py": ["'First message.'", "''", "-", "--helpme", "--help me"],
+}
+
+
+@pytest.mark.parametrize("script", WRONG)
+def test_a_wrong_command_line_gets_the_usage(offline, script):
+    for words in WRONG[script]:
+        run = offline.start(script, *shlex.split(words))
+        assert (run.ends(), run.output()) == (2, []), words
+        (line,) = run.output("stderr")
+        assert line.startswith(f"usage: python {script}")
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
@@ -73,13 +67,40 @@ def test_a_malformed_url_is_refused(monkeypatch, url):
     assert HIDDEN not in str(refusal.value)
 
 
-def test_both_scripts_tell_of_a_malformed_url_in_one_line(offline):
-    offline.both_refused("AMQP_URL is not a valid AMQP URL", url=f"amqp://{LOGIN}/@127.0.0.1")
+@pytest.mark.parametrize(
+    ("url", "authority", "why"),
+    [
+        ("amqp://guest:{hidden}/@127.0.0.1", "ca", "AMQP_URL is not a valid AMQP URL"),
+        ("amqp://guest:{hidden}@127.0.0.1:{port}", "ca", "RabbitMQ at 127.0.0.1:{port} refuses user 'guest'"),
+        ("amqps://guest:{hidden}@127.0.0.1:{port}", "ca", "does not speak TLS"),
+        ("amqps://guest:{hidden}@localhost:{tls_port}", "other-ca", "is not to be trusted"),
+        ("amqps://guest:{hidden}@127.0.0.1:{tls_port}", "ca", "is not to be trusted"),  # its certificate lacks the name
+    ],
+    ids=["malformed", "wrong password", "no TLS", "unknown authority", "another name"],
+)
+def test_what_waiting_cannot_cure_is_refused_in_one_line(node, offline, url, authority, why):
+    here = {"hidden": HIDDEN, "port": node.port, "tls_port": node.tls_port}
+    trust = {"SSL_CERT_FILE": f"{node.folder}/{authority}.pem"}
+    offline.both_refused(why.format(**here), url=url.format(**here), environment=trust)
 
 
-def test_a_wrong_password_is_refused(node, offline):
-    url = f"amqp://guest:{HIDDEN}@127.0.0.1:{node.port}"
-    offline.both_refused(f"RabbitMQ at 127.0.0.1:{node.port} refuses user 'guest'", url=url)
+def test_a_server_that_the_systems_authorities_vouch_for_is_trusted(node, shells):
+    shells.url = f"amqps://guest:guest@localhost:{node.tls_port}/"
+    trust = {"SSL_CERT_FILE": f"{node.folder}/ca.pem"}
+    shells.send("task", environment=trust)
+    shells.worker(environment=trust).wait_for(DONE)
+
+
+def test_timeouts_are_short_unless_the_url_says_otherwise(monkeypatch):
+    for query, timeouts in {"": (20, 25), "?heartbeat=0": (0, 25), "?blocked_connection_timeout=7": (20, 7)}.items():
+        monkeypatch.setenv("AMQP_URL", f"amqp://h/{query}")
+        (node,) = address.nodes("test")
+        assert (node.heartbeat, node.blocked_connection_timeout) == timeouts
+
+
+def test_the_nodes_of_a_url_are_tried_in_random_order(monkeypatch):
+    monkeypatch.setenv("AMQP_URL", "amqp://a;amqp://b;amqp://c")
+    assert {address.nodes("test")[0].host for _ in range(100)} == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize(

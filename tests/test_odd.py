@@ -304,8 +304,8 @@ def test_a_worker_whose_output_nobody_reads_stops(broker, shells):
         os.close(writer)
 
 
-def test_a_worker_of_a_frozen_rabbitmq_stops_with_its_line(mortal, mortal_shells):
-    worker = mortal_shells.busy_worker()
+def test_a_worker_of_a_frozen_rabbitmq_stops_with_its_line(mortal, shells):
+    worker = shells.busy_worker()
     mortal.node.freeze()
     try:
         stop(worker)

@@ -1,6 +1,6 @@
 """The tutorial's experiments, on a real RabbitMQ, with the scripts as real processes.
 
-Those that the pages show are played by test_pages.py: round robin, for one.
+Those that the pages show are played by test_pages.py: round robin and fair dispatch, for instance.
 """
 
 import re
@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from conftest import DONE, FOREVER, WAITING, stop
+from conftest import DONE, WAITING, stop
 from processes import Script, wait_until
 
 from task_queue import QUEUE, declaration
@@ -95,63 +95,40 @@ def test_a_task_is_persistent_and_says_what_it_is(broker, shells):
 # Workers that are busy, or end
 
 
-def test_a_busy_worker_holds_one_task_and_the_free_one_takes_the_others(broker, shells):
-    busy = shells.busy_worker("Heavy" + FOREVER)
-    shells.send("Light 1", "Light 2", "Light 3")
-    assert broker.ready() == 3
-    assert_did(shells.worker(), "'Light 1'", "'Light 2'", "'Light 3'")
-    assert busy.output() == [WAITING, f" [x] Received 'Heavy{FOREVER}'"]
-
-
-def redelivery(broker, shells, end, *arguments: str) -> tuple[Script, Script]:
-    """End a worker mid-task by end(worker): an idle one gets the task within a second. Return both."""
-    ended = shells.worker(*arguments)
+@pytest.mark.parametrize(
+    ("end", "arguments", "status", "said"),
+    [
+        (Script.kill, [], -signal.SIGKILL, []),
+        (Script.ctrl_c, [], 0, [" [!] Stopped by Ctrl+C. The task in hand goes back to the queue."]),
+        (Script.terminate, [], 0, [" [!] Stopped by SIGTERM. The task in hand goes back to the queue."]),
+        (Script.ctrl_c, ["--graceful"], 0, [" [!] Stopped by Ctrl+C. The task in hand goes back to the queue."]),
+    ],
+    ids=["kill -9", "Ctrl+C", "SIGTERM", "Ctrl+C and --graceful"],
+)
+def test_a_killed_workers_task_goes_to_another_worker(broker, shells, end, arguments, status, said):
+    busy = shells.worker(*arguments)
     wait_until(lambda: broker.consumers() == 1, "RabbitMQ knows the first, which gets the task")
     idle = shells.worker("--graceful")
     wait_until(lambda: broker.consumers() == 2, "RabbitMQ knows both")
     shells.send("Long task..")
-    ended.wait_for("Received")
-    end(ended)
+    busy.wait_for("Received")
+    end(busy)
     at = time.monotonic()
     assert idle.wait_for("Received").at - at < 1
     assert_did(idle, "'Long task..' (redelivered)")
-    ended.ends()
-    assert ended.output() == [WAITING, " [x] Received 'Long task..'"]
-    return ended, idle
-
-
-def test_a_killed_workers_task_goes_to_another_worker(broker, shells):
-    killed, _ = redelivery(broker, shells, Script.kill)
-    assert (killed.process.returncode, killed.output("stderr")) == (-signal.SIGKILL, [])
-
-
-@pytest.mark.parametrize(
-    ("end", "name", "arguments"),
-    [(Script.ctrl_c, "Ctrl+C", []), (Script.terminate, "SIGTERM", []), (Script.ctrl_c, "Ctrl+C", ["--graceful"])],
-    ids=["Ctrl+C", "SIGTERM", "Ctrl+C and --graceful"],
-)
-def test_a_signal_stops_a_worker_with_one_line_and_hands_its_task_back(broker, shells, end, name, arguments):
-    busy, idle = redelivery(broker, shells, end, *arguments)
-    assert busy.process.returncode == 0
-    assert busy.output("stderr") == [f" [!] Stopped by {name}. The task in hand goes back to the queue."]
-    end(idle)
-    assert idle.ends(within=3) == 0
-    assert idle.output("stderr") == [f" [!] Stopped by {name}."]
+    assert (busy.ends(), busy.output("stderr")) == (status, said)
+    assert busy.output() == [WAITING, " [x] Received 'Long task..'"]
+    stop(idle)
+    assert idle.output("stderr") == [" [!] Stopped by SIGTERM."]
 
 
 def test_rabbitmq_logs_no_warning_about_a_task_that_is_sent(broker, shells):
     """It does about a connection that just ends: who looks for faults there would find one for each task."""
     log = broker.node.folder / "log" / f"{broker.node.name}.log"
-    seen_before = log.stat().st_size
-
-    def closings() -> list[str]:
-        """Return how grave RabbitMQ found the end of each of new_task.py's connections."""
-        logged = log.read_bytes()[seen_before:].decode()
-        return re.findall(r"\[(\w+)\] .*closing AMQP connection .*new_task\.py", logged)
-
-    shells.send("First message")
-    wait_until(closings, "RabbitMQ logs that new_task.py is gone")
-    assert set(closings()) == {"info"}
+    shells.send("First message", url=f"{broker.url}?client_properties={{'connection_name':'brief'}}")
+    closing = re.compile(r"\[(\w+)\] .*closing AMQP connection .* - brief\b")
+    logged = wait_until(lambda: closing.findall(log.read_text()), "RabbitMQ logs that the connection is closed")
+    assert set(logged) == {"info"}
 
 
 def test_a_task_longer_than_the_heartbeat_is_done_once(broker, shells):
@@ -171,20 +148,20 @@ def test_a_queue_with_other_settings_is_refused(broker, shells, arguments):
     shells.both_refused("the queue 'task_queue' exists with other settings than ours")
 
 
-def test_a_task_survives_rabbitmqs_death_in_the_queue_that_new_task_has_just_created(mortal, mortal_shells):
+def test_a_task_survives_rabbitmqs_death_in_the_queue_that_new_task_has_just_created(mortal, shells):
     mortal.delete_queue()
-    mortal_shells.start("new_task.py", "First message.").wait_for("[x] Sent")
+    shells.start("new_task.py", "First message.").wait_for("[x] Sent")
     mortal.node.kill()
     mortal.node.start()
-    assert_did(mortal_shells.worker(), "'First message.'")
+    assert_did(shells.worker(), "'First message.'")
 
 
-def test_a_task_survives_rabbitmqs_death_in_the_queue_that_a_worker_has_just_created(mortal, mortal_shells):
+def test_a_task_survives_rabbitmqs_death_in_the_queue_that_a_worker_has_just_created(mortal, shells):
     mortal.delete_queue()
-    worker = mortal_shells.start("worker.py")
+    worker = shells.start("worker.py")
     with mortal.connect() as connection:
         wait_until(lambda: declaration._exists(connection, QUEUE), "the worker has created the queue")
-    mortal_shells.start("new_task.py", "First message..").wait_for("[x] Sent")
+    shells.start("new_task.py", "First message..").wait_for("[x] Sent")
     mortal.node.kill()
     mortal.node.start()
     worker.wait_for(WAITING, times=2)
