@@ -206,14 +206,21 @@ class Broker:
         ((_, properties, body),) = self.take(1, DEAD_LETTERS)
         return properties.headers, properties, body
 
+    def publish(self, task: bytes, headers=None, **properties) -> None:
+        """Send a task as another program does."""
+        with self.connect() as connection:
+            channel = connection.channel()
+            channel.confirm_delivery()
+            channel.basic_publish("", QUEUE, task, pika.BasicProperties(headers=headers, **properties), mandatory=True)
+
     def delete_queue(self, queue: str = QUEUE) -> None:
         with self.connect() as connection:
             connection.channel().queue_delete(queue)
 
     def declare_anew(self, **settings) -> None:
         """Declare the queue with the settings of somebody else. empty() makes up for it before the next test."""
+        self.delete_queue()
         with self.connect() as connection:
-            connection.channel().queue_delete(QUEUE)
             connection.channel().queue_declare(QUEUE, **settings)
 
     @contextlib.contextmanager

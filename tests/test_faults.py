@@ -16,15 +16,19 @@ from task_queue import DEAD_LETTERS, QUEUE, dead_letters
 
 
 def test_a_task_that_raises_is_tried_ten_times_and_set_aside(broker, shells, worker_with):
+    # It expires, is for two queues, and was delivered ten times: none of that must be so once more.
+    headers = {"x-request": "7", "CC": [QUEUE], "x-delivery-count": 10}
+    broker.publish(b"bad", headers, expiration="20000", user_id="guest", message_id="m")
     worker = shells.start(worker_with("raise ValueError('no such\\nfile')"))
-    shells.send("bad")
     worker.wait_for("Set aside 'bad'")
     assert len([line for line in worker.output() if "Received 'bad'" in line]) == 10
     assert DONE not in worker.output()
-    headers, _, _ = broker.dead_letter()
+    headers, properties, body = broker.dead_letter()
+    assert (body, properties.message_id, properties.expiration) == (b"bad", "m", None)
+    assert (headers["x-request"], headers["x-set-aside-after-deliveries"]) == ("7", 10)
     assert headers["x-set-aside-because"].startswith("ValueError: no such\\nfile")
-    assert headers["x-set-aside-after-deliveries"] == 10
     assert headers["x-set-aside-at"] > 0
+    assert "CC" not in headers
     assert broker.ready() == 0
 
 

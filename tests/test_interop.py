@@ -21,11 +21,8 @@ PYTHON = """
     channel = connection.channel()
     channel.queue_declare(queue="task_queue", durable=True, arguments=ARGUMENTS)
     if message := " ".join(sys.argv[1:]):
-        channel.basic_publish(
-            exchange="", routing_key="task_queue", body=message, properties=pika.BasicProperties(delivery_mode=2)
-        )
-        connection.close()
-        sys.exit()
+        channel.basic_publish("", "task_queue", message, pika.BasicProperties(delivery_mode=2))
+        sys.exit(connection.close())
 
     def callback(ch, method, properties, body):
         print(f" [x] Received {body.decode()}", flush=True)
