@@ -54,9 +54,9 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     for item in items:
-        # Tests that share a RabbitMQ that is killed, or three, run in one process, one after the other.
-        for shared in ("mortal_node", "test_cluster.py", "test_compose.py"):
-            if shared in (*item.fixturenames, item.path.name):
+        # Tests that share a RabbitMQ that is killed, or three, or Docker, run in one process, one after the other.
+        for shared in ("mortal_node", "all_nodes", "docker"):
+            if shared in item.fixturenames or item.get_closest_marker(shared):
                 item.add_marker(pytest.mark.xdist_group(shared))
     # What takes longest comes first: it must not be left alone at the end.
     items.sort(key=lambda item: item.path.name not in ("test_pages.py", "test_tools.py"))
@@ -243,22 +243,21 @@ class Broker:
         finally:
             self.node.ctl("delete_user", name)
 
-    def empty(self) -> None:
-        """Throw away all tasks, dead ones too. The queue itself stays, as it takes two seconds to make."""
+    def empty(self) -> "Broker":
+        """Throw away all tasks, dead ones too, and return this. The queue stays, as it takes two seconds to make."""
         with self.connect() as connection:
             channel = connection.channel()
             channel.queue_delete(DEAD_LETTERS)
             # A test may kill RabbitMQ right away: the queue must be old enough for that.
-            while not self._is_ours(connection):
-                connection.channel().queue_delete(QUEUE)  # a test left another one
+            ours = False
+            while not ours:
+                with contextlib.suppress(declaration.Refused):
+                    _, ours = declaration.declare(connection, QUEUE)
+                if not ours:
+                    connection.channel().queue_delete(QUEUE)  # a test left another one
             wait_until(lambda: self.consumers() == 0, "the workers of the test before are gone")
             channel.queue_purge(QUEUE)
-
-    def _is_ours(self, connection) -> bool:
-        try:
-            return declaration.declare(connection, QUEUE)[1]
-        except declaration.Refused:
-            return False
+        return self
 
 
 @pytest.fixture(scope="session")
@@ -280,34 +279,28 @@ def node(tmp_path_factory):
         max_message_size = 2000000
     """
     ticks = "[{rabbit, [{channel_tick_interval, 1000}, {quorum_tick_interval, 1000}]}]."
-    node = Node(folder, config=textwrap.dedent(config), advanced=ticks)
-    node.tls_port = tls_port
-    yield node.start()
-    node.close()
+    with contextlib.closing(Node(folder, config=textwrap.dedent(config), advanced=ticks)) as node:
+        node.tls_port = tls_port
+        yield node.start()
 
 
 @pytest.fixture
 def broker(node):
     """RabbitMQ with an empty task_queue."""
-    broker = Broker(node)
-    broker.empty()
-    return broker
+    return Broker(node).empty()
 
 
 @pytest.fixture(scope="session")
 def mortal_node(tmp_path_factory):
     """A RabbitMQ that a test may kill; each test gets it running."""
-    node = Node(tmp_path_factory.mktemp("mortal"))
-    yield node
-    node.close()
+    with contextlib.closing(Node(tmp_path_factory.mktemp("mortal"))) as node:
+        yield node
 
 
 @pytest.fixture
 def mortal(mortal_node):
     """The same with an empty task_queue."""
-    broker = Broker(mortal_node.start())
-    broker.empty()
-    return broker
+    return Broker(mortal_node.start()).empty()
 
 
 @pytest.fixture

@@ -160,7 +160,6 @@ def test_workers_wait_for_a_rabbitmq_that_goes_and_comes_back(mortal, shells, ho
     busy = shells.busy_worker("in hand......")
     idle = shells.worker()
     getattr(mortal.node, how)()
-    assert not mortal.node.running
     busy.wait_for("This task will be done again", within=3)
     idle.wait_for("Trying until it answers")
     late = shells.start("worker.py")
@@ -215,13 +214,19 @@ def test_a_signal_at_any_moment_ends_a_worker_in_good_order(broker, shells):
         assert line.startswith(" [!] Stopped by")
 
 
-def test_a_graceful_worker_finishes_its_task_on_sigterm(broker, shells):
-    worker = shells.busy_worker("three...", "--graceful")
-    shells.send("next")
+STOPPED = ["SIGTERM: will stop when this task is done, or at once on a second signal.", "Stopped by SIGTERM."]
+
+
+@pytest.mark.parametrize(("where", "said"), [("", STOPPED), ("2> >(true)", [])], ids=["told", "nobody reads it"])
+def test_a_graceful_worker_finishes_its_task_on_sigterm(broker, shells, where, said):
+    worker = shells.shell(f"exec {sys.executable} worker.py --graceful {where}")
+    worker.wait_for(WAITING)
+    shells.send("three...", "next")
+    worker.wait_for("Received")
     worker.terminate()
     assert worker.ends() == 0
-    assert worker.output()[1:] == [" [x] Received 'three...'", DONE]
-    assert worker.output("stderr")[1:] == [" [!] Stopped by SIGTERM."]
+    assert worker.output() == [WAITING, " [x] Received 'three...'", DONE]
+    assert worker.output("stderr") == [f" [!] {line}" for line in said]
     broker.wait_for_ready(1)  # just the other task
 
 

@@ -15,9 +15,6 @@ from task_queue import address
 # A user that RabbitMQ doesn't know.
 LOGIN = f"somebody:{HIDDEN}"
 
-# The command line
-
-
 WRONG = {
     "new_task.py": ["-x", "--helpme", "--help me", "- 'First message.'"],
     "worker.py": ["'First message.'", "''", "-", "--helpme", "--help me"],
@@ -39,9 +36,6 @@ def test_help_is_what_the_file_opens_with(offline, module, option):
     script = offline.start(f"{module.__name__}.py", option)
     assert (script.ends(), script.output("stderr")) == (0, [])
     assert script.output() == module.__doc__.strip().splitlines()
-
-
-# AMQP_URL
 
 
 @pytest.mark.parametrize(
@@ -116,9 +110,6 @@ def test_a_worker_waits_where_there_is_no_rabbitmq_and_new_task_does_not(offline
     assert (waiting.ends(), waiting.output()) == (0, [])
     assert waiting.output("stderr")[1:] == [" [!] Stopped by Ctrl+C."]
     assert HIDDEN not in f"{sender}{waiting}"
-
-
-# Tasks from the standard input
 
 
 ALL_BYTES = bytes({*range(256)} - {ord("\n")})

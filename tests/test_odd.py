@@ -66,9 +66,6 @@ ODD_HEADERS = {
 }
 
 
-# Headers
-
-
 def test_a_task_with_an_odd_header_is_done_and_acknowledged(broker, shells, publish):
     for name, value in ODD_HEADERS.items():
         publish(name.encode(), {"odd": value})
@@ -172,9 +169,17 @@ def test_the_death_of_a_worker_is_noticed_though_a_process_that_it_forked_lives(
     assert time.monotonic() - killed_at < 5
 
 
-@pytest.mark.parametrize("harm", ["sys.stdout.close()", "sys.stdout = None", "sys.stdout = open(os.devnull, 'w')"])
-def test_what_work_does_to_standard_output_stops_nobody(broker, shells, worker_with, harm):
-    worker = shells.start(worker_with(harm))
+@pytest.mark.parametrize(
+    "what",
+    [
+        "sys.stdout.close()",
+        "sys.stdout = None",
+        "sys.stdout = open(os.devnull, 'w')",
+        "import threading; threading.Thread(target=time.sleep, args=(60,)).start()",
+    ],
+)
+def test_what_work_leaves_behind_stops_nobody(broker, shells, worker_with, what):
+    worker = shells.start(worker_with(what))
     shells.send("one", "two", "three")
     broker.wait_for_ready(0)
     stop(worker)
@@ -233,13 +238,6 @@ def test_a_worker_that_may_have_no_second_connection_holds_what_it_cannot_set_as
 # Stopping
 
 
-def test_a_thread_that_work_left_behind_does_not_hold_up_the_end(broker, shells, worker_with):
-    worker = shells.start(worker_with("import threading; threading.Thread(target=time.sleep, args=(60,)).start()"))
-    shells.send("thread")
-    worker.wait_for(DONE)
-    stop(worker)
-
-
 def test_workers_that_rabbitmq_does_not_answer_stop_with_their_line(broker, shells, proxy):
     busy = shells.busy_worker(url=proxy.url)
     waiting = shells.worker(url=proxy.url), shells.worker("--graceful", url=proxy.url)
@@ -272,16 +270,6 @@ def test_a_worker_whose_output_nobody_reads_stops(broker, shells):
         worker.wait()
         os.close(reader)
         os.close(writer)
-
-
-def test_a_graceful_worker_whose_standard_error_is_gone_finishes_its_task(broker, shells):
-    worker = shells.shell(f"exec {sys.executable} worker.py --graceful 2> >(true)")
-    worker.wait_for(WAITING)
-    shells.send("three...")
-    worker.wait_for("Received")
-    worker.terminate()
-    assert worker.ends() == 0
-    assert worker.output()[-1] == DONE
 
 
 # What happens around a worker or a producer

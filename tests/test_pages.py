@@ -182,11 +182,8 @@ def project(request, tmp_path):
         yield project
 
 
-WITH_DOCKER = [pytest.mark.docker, pytest.mark.xdist_group("test_compose.py")]
-
-
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("how", ["a private node", pytest.param("with Docker", marks=WITH_DOCKER)])
+@pytest.mark.parametrize("how", ["a private node", pytest.param("with Docker", marks=pytest.mark.docker)])
 def test_every_command_does_what_the_page_shows(project, how):
     assert how in project.run("make rabbitmq").stdout
     project.play("README.md")
@@ -256,7 +253,6 @@ def test_a_terminal_shows_ctrl_c_on_a_line_of_its_own(broker, command, ready, la
 
 
 @pytest.mark.docker
-@pytest.mark.xdist_group("test_compose.py")
 @pytest.mark.timeout(600)
 def test_every_command_for_docker_does_what_the_page_says(project):
     one, two = project.shells["1"], project.shells["2"]

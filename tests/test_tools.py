@@ -30,20 +30,12 @@ TWICE = "was done 2 times, and no fault explains that"
 
 
 @pytest.fixture
-def files(tmp_path):
-    """Where tools put their files."""
-    folder = tmp_path / "files"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
-def start(offline, files):
+def start(offline, tmp_path):
     """A function that starts a tool, by its command. When the tool has ended, nothing of it may be left."""
     started = []
 
     def start(command: str, **settings):
-        script = offline.start(*command.split(), environment={"TMPDIR": str(files), "NO_COLOR": "1"}, **settings)
+        script = offline.start(*command.split(), environment={"TMPDIR": str(tmp_path), "NO_COLOR": "1"}, **settings)
         started.append(script)
         return script
 
@@ -51,14 +43,14 @@ def start(offline, files):
     for script in started:
         script.terminate()  # and not kill(): it must end what it started
         script.ends()
-    reports = {files / "quick-bench", *(log.parent for log in files.glob("chaos-*/scripts.log"))}
-    assert (processes(files), set(files.iterdir()) - reports) == ([], set())
+    reports = {tmp_path / "quick-bench", *(log.parent for log in tmp_path.glob("chaos-*/scripts.log"))}
+    assert (processes(tmp_path), set(tmp_path.iterdir()) - reports) == ([], set())
 
 
-def processes(files) -> list[str]:
+def processes(folder) -> list[str]:
     """Return the command lines of what a tool has started, with their environment, which names the folder."""
     running = subprocess.run(["ps", "axeww", "-o", "command="], capture_output=True, text=True, errors="replace")
-    return [line for line in running.stdout.splitlines() if str(files) in line]
+    return [line for line in running.stdout.splitlines() if str(folder) in line]
 
 
 def test_the_demo_plays_the_tutorial_and_loses_nothing(start, broker):
@@ -87,9 +79,12 @@ def test_no_task_is_lost_while_everything_breaks(start):
     ],
     ids=["ack before work", "no wait for confirms", "done twice"],
 )
-def test_chaos_finds_out_scripts_that_are_broken(start, tmp_path, name, patterns, arguments, complaint):
-    scripts = tmp_path / "scripts"
-    shutil.copytree(ROOT, scripts, ignore=shutil.ignore_patterns(".*", "__pyc*", "docs", "tests", "tools"))
+def test_chaos_finds_out_scripts_that_are_broken(start, tmp_path_factory, name, patterns, arguments, complaint):
+    scripts, left_out = (
+        tmp_path_factory.mktemp("scripts"),
+        shutil.ignore_patterns(".*", "__pyc*", "docs", "tests", "tools"),
+    )
+    shutil.copytree(ROOT, scripts, ignore=left_out, dirs_exist_ok=True)
     text = (scripts / name).read_text()
     for pattern, replacement in patterns.items():
         text, times = re.subn(pattern, replacement, text)
@@ -102,10 +97,10 @@ def test_chaos_finds_out_scripts_that_are_broken(start, tmp_path, name, patterns
     assert complaint.format(lost=tally[1]) in script.output("stderr")[0]
 
 
-def test_every_benchmark_works_and_the_report_has_a_section_of_each(start, files):
+def test_every_benchmark_works_and_the_report_has_a_section_of_each(start, tmp_path):
     script = start("tools/bench.py --quick")
     assert (script.ends(LIMIT), script.output("stderr")) == (0, []), str(script)
-    pages = files / "quick-bench"
+    pages = tmp_path / "quick-bench"
     sections = (pages / "benchmarks.md").read_text().split("\n## ")[1:]
     titles = [getattr(Bench, name).__doc__.splitlines()[0] for name in Bench.SECTIONS]
     assert [section.splitlines()[0] for section in sections] == titles
@@ -129,8 +124,8 @@ def test_a_benchmark_can_be_chosen_and_then_nothing_is_written(start):
     [("tools/chaos.py --seed 1", "new_task.py"), ("tools/bench.py --quick --only scaling", "beam")],
     ids=["chaos", "benchmarks"],
 )
-def test_ctrl_c_ends_a_tool_and_all_that_it_started(start, files, command, started):
+def test_ctrl_c_ends_a_tool_and_all_that_it_started(start, tmp_path, command, started):
     script = start(command)
-    wait_until(lambda: any(started in line for line in processes(files)), f"{started} runs")
+    wait_until(lambda: any(started in line for line in processes(tmp_path)), f"{started} runs")
     script.ctrl_c()
     assert (script.ends(), script.output("stderr")) == (1, [" [!] Interrupted"])
