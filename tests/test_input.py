@@ -49,7 +49,7 @@ def test_help_is_what_the_file_opens_with(offline, module, option):
         f"amqp://{LOGIN}@[127.0.0.1",
         f"amqp://{LOGIN}@127.0.0.1/%2F?heartbeat=often",
         f"amqp://{LOGIN}@127.0.0.1/%2F?ssl_options={HIDDEN}",
-        f"amqp://{LOGIN}/@127.0.0.1",
+        f"amqp://guest:1/{HIDDEN}@127.0.0.1",
         HIDDEN,
         f"amqp://{LOGIN}@127.0.0.1:1;{HIDDEN}",
     ],
@@ -64,7 +64,7 @@ def test_a_malformed_url_is_refused(monkeypatch, url):
 @pytest.mark.parametrize(
     ("url", "authority", "why"),
     [
-        ("amqp://guest:{hidden}/@127.0.0.1", "ca", "AMQP_URL is not a valid AMQP URL"),
+        ("amqp://guest:1/{hidden}@127.0.0.1", "ca", "AMQP_URL is not a valid AMQP URL"),
         ("amqp://guest:{hidden}@127.0.0.1:{port}", "ca", "RabbitMQ at 127.0.0.1:{port} refuses user 'guest'"),
         ("amqps://guest:{hidden}@127.0.0.1:{port}", "ca", "does not speak TLS"),
         ("amqps://guest:{hidden}@localhost:{tls_port}", "other-ca", "is not to be trusted"),

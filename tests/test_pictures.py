@@ -70,7 +70,7 @@ def test_the_recording_shows_what_the_shells_really_show(broker, shells, tmp_pat
     picture = tmp_path / "recording.svg"
     recorder = shells.start("tools/recording.py", "--url", broker.url, "--output", str(picture))
     try:
-        assert recorder.ends(within=60) == 0, recorder
+        assert recorder.ends(within=60) == 0, str(recorder)
     finally:
         recorder.terminate()  # not killed: it must end its workers
         recorder.ends()

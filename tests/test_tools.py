@@ -121,7 +121,7 @@ def test_a_benchmark_can_be_chosen_and_then_nothing_is_written(start):
 
 @pytest.mark.parametrize(
     ("command", "started"),
-    [("tools/chaos.py --seed 1", "new_task.py"), ("tools/bench.py --quick --only scaling", "beam")],
+    [("tools/chaos.py --seed 1", "new_task.py"), ("tools/bench.py --quick --only scaling", "worker.py")],
     ids=["chaos", "benchmarks"],
 )
 def test_ctrl_c_ends_a_tool_and_all_that_it_started(start, tmp_path, command, started):
