@@ -174,8 +174,9 @@ class Channel:
         self._pika.acquire()  # a signal may have come before we had it back
         with contextlib.suppress(AttributeError, *PIKAS_ERRORS):  # there may be no channel
             self._channel.cancel()  # first: or RabbitMQ gives the task to us again
-            # A nack, not a reject: since RabbitMQ 4.3 it doesn't count as a failure of the task.
-            self._channel.basic_nack(0, multiple=True, requeue=True)
+            # RabbitMQ 4 doesn't count a nack as a failure of the task. RabbitMQ 3 counts all, and puts it behind others.
+            if self._connection._impl.server_properties["version"] >= "4":
+                self._channel.basic_nack(0, multiple=True, requeue=True)
         self._close()
 
     def _close(self) -> None:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 
 import pika
 import pytest
@@ -55,12 +54,12 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     for item in items:
-        # Tests that share a RabbitMQ that is killed, or three, run in one process, one after the other.
-        for shared in ("mortal_node", "test_cluster.py", "test_compose.py"):
-            if shared in (*item.fixturenames, item.path.name):
+        # Tests that share a RabbitMQ that is killed, or three, or Docker, run in one process, one after the other.
+        for shared in ("mortal_node", "all_nodes", "docker"):
+            if shared in item.fixturenames or item.get_closest_marker(shared):
                 item.add_marker(pytest.mark.xdist_group(shared))
     # What takes longest comes first: it must not be left alone at the end.
-    items.sort(key=lambda item: item.path.name not in ("test_pages.py", "test_chaos.py"))
+    items.sort(key=lambda item: item.path.name not in ("test_pages.py", "test_tools.py"))
 
 
 def pytest_runtest_setup(item):
@@ -171,10 +170,11 @@ class Broker:
 
     @property
     def url(self) -> str:
+        """AMQP_URL for the scripts."""
         return self.node.url
 
     def connect(self):
-        return pika.BlockingConnection(pika.URLParameters(self.url))
+        return pika.BlockingConnection(pika.URLParameters(self.node.url))
 
     def ready(self, queue: str = QUEUE) -> int:
         """How many tasks wait in the queue, without those that a worker holds."""
@@ -206,14 +206,21 @@ class Broker:
         ((_, properties, body),) = self.take(1, DEAD_LETTERS)
         return properties.headers, properties, body
 
+    def publish(self, task: bytes, headers=None, **properties) -> None:
+        """Send a task as another program does."""
+        with self.connect() as connection:
+            channel = connection.channel()
+            channel.confirm_delivery()
+            channel.basic_publish("", QUEUE, task, pika.BasicProperties(headers=headers, **properties), mandatory=True)
+
     def delete_queue(self, queue: str = QUEUE) -> None:
         with self.connect() as connection:
             connection.channel().queue_delete(queue)
 
     def declare_anew(self, **settings) -> None:
         """Declare the queue with the settings of somebody else. empty() makes up for it before the next test."""
+        self.delete_queue()
         with self.connect() as connection:
-            connection.channel().queue_delete(QUEUE)
             connection.channel().queue_declare(QUEUE, **settings)
 
     @contextlib.contextmanager
@@ -236,90 +243,71 @@ class Broker:
         finally:
             self.node.ctl("delete_user", name)
 
-    def empty(self) -> None:
-        """Throw away all tasks, dead ones too. The queue itself stays, as it takes two seconds to make."""
+    def empty(self) -> "Broker":
+        """Throw away all tasks, dead ones too, and return this. The queue stays, as it takes two seconds to make."""
         with self.connect() as connection:
             channel = connection.channel()
             channel.queue_delete(DEAD_LETTERS)
             # A test may kill RabbitMQ right away: the queue must be old enough for that.
-            while not self._is_ours(connection):
-                connection.channel().queue_delete(QUEUE)  # a test left another one
+            ours = False
+            while not ours:
+                with contextlib.suppress(declaration.Refused):
+                    _, ours = declaration.declare(connection, QUEUE)
+                if not ours:
+                    connection.channel().queue_delete(QUEUE)  # a test left another one
             wait_until(lambda: self.consumers() == 0, "the workers of the test before are gone")
             channel.queue_purge(QUEUE)
-
-    def _is_ours(self, connection) -> bool:
-        try:
-            return declaration.declare(connection, QUEUE)[1]
-        except declaration.Refused:
-            return False
+        return self
 
 
 @pytest.fixture(scope="session")
-def tls(tmp_path_factory):
-    """Where the RabbitMQ of all tests speaks TLS, as localhost and under no other name: a port.
+def node(tmp_path_factory):
+    """One RabbitMQ for all tests that don't harm it. It looks every second for tasks that take too long.
 
-    And the folder with ca.pem, of the authority that signs its certificate, and other-ca.pem, of another.
+    On its tls_port it speaks TLS, as localhost and under no other name. Its folder has ca.pem, of the authority that
+    signs its certificate, and other-ca.pem, of another.
     """
-    folder = tmp_path_factory.mktemp("certificates")
-    ca = trustme.CA()
+    folder, tls_port, ca = tmp_path_factory.mktemp("rabbitmq"), free_port(), trustme.CA()
     ca.cert_pem.write_to_path(folder / "ca.pem")
     trustme.CA().cert_pem.write_to_path(folder / "other-ca.pem")
-    server = ca.issue_cert("localhost")
-    server.private_key_and_cert_chain_pem.write_to_path(folder / "server.pem")
-    return SimpleNamespace(port=free_port(), folder=folder)
-
-
-@pytest.fixture(scope="session")
-def node(tmp_path_factory, tls):
-    """One RabbitMQ for all tests that don't harm it. It looks every second for tasks that take too long."""
+    ca.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(folder / "server.pem")
     config = f"""
-        listeners.ssl.1 = 127.0.0.1:{tls.port}
-        ssl_options.cacertfile = {tls.folder}/ca.pem
-        ssl_options.certfile = {tls.folder}/server.pem
-        ssl_options.keyfile = {tls.folder}/server.pem
+        listeners.ssl.1 = 127.0.0.1:{tls_port}
+        ssl_options.cacertfile = {folder}/ca.pem
+        ssl_options.certfile = {folder}/server.pem
+        ssl_options.keyfile = {folder}/server.pem
         max_message_size = 2000000
     """
     ticks = "[{rabbit, [{channel_tick_interval, 1000}, {quorum_tick_interval, 1000}]}]."
-    node = Node(tmp_path_factory.mktemp("rabbitmq"), config=textwrap.dedent(config), advanced=ticks)
-    yield node.start()
-    node.close()
+    with contextlib.closing(Node(folder, config=textwrap.dedent(config), advanced=ticks)) as node:
+        node.tls_port = tls_port
+        yield node.start()
 
 
 @pytest.fixture
 def broker(node):
     """RabbitMQ with an empty task_queue."""
-    broker = Broker(node)
-    broker.empty()
-    return broker
+    return Broker(node).empty()
 
 
 @pytest.fixture(scope="session")
 def mortal_node(tmp_path_factory):
     """A RabbitMQ that a test may kill; each test gets it running."""
-    node = Node(tmp_path_factory.mktemp("mortal"))
-    yield node
-    node.close()
+    with contextlib.closing(Node(tmp_path_factory.mktemp("mortal"))) as node:
+        yield node
 
 
 @pytest.fixture
 def mortal(mortal_node):
     """The same with an empty task_queue."""
-    broker = Broker(mortal_node.start())
-    broker.empty()
-    return broker
+    return Broker(mortal_node.start()).empty()
 
 
 @pytest.fixture
-def shells(broker):
-    """Shells whose scripts talk to the RabbitMQ of all tests."""
-    with contextlib.closing(Shells(broker.url)) as shells:
-        yield shells
-
-
-@pytest.fixture
-def mortal_shells(mortal):
-    """Shells whose scripts talk to the RabbitMQ that may be killed."""
-    with contextlib.closing(Shells(mortal.url)) as shells:
+def shells(request):
+    """Shells whose scripts talk to the RabbitMQ of the test: that of all tests, unless it asks for another."""
+    (asked,) = {"mortal", "cluster"}.intersection(request.fixturenames) or {"broker"}
+    with contextlib.closing(Shells(request.getfixturevalue(asked).url)) as shells:
         yield shells
 
 

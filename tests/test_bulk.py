@@ -12,12 +12,6 @@ from task_queue import QUEUE, QUORUM
 from task_queue.publisher import Channel, NotConfirmed
 
 
-@pytest.fixture
-def amqp_url(broker, monkeypatch):
-    """Make this very process a user of RabbitMQ."""
-    monkeypatch.setenv("AMQP_URL", broker.url)
-
-
 def test_thousands_of_lines_from_a_file_arrive_in_order_and_memory_does_not_grow(broker, shells, tmp_path, changed):
     at_the_end = "import atexit, resource\natexit.register(lambda: print(resource.getrusage(resource.RUSAGE_SELF)[2]))"
     script, peaks = changed("new_task", at_the_end), []
@@ -84,7 +78,9 @@ def test_what_pika_cannot_encode_harms_no_other_task(broker, channel):
     assert broker.tasks(2) == [b"before", b"after"]
 
 
-def test_a_program_learns_what_is_not_confirmed(broker, amqp_url):
+def test_a_program_learns_what_is_not_confirmed(broker, monkeypatch):
+    monkeypatch.setenv("AMQP_URL", broker.url)
+
     def tasks():
         yield b"first"
         broker.wait_for_ready(1)
@@ -96,7 +92,9 @@ def test_a_program_learns_what_is_not_confirmed(broker, amqp_url):
     assert failure.value.confirmed == 1
 
 
-def test_what_the_tasks_raise_passes_through(broker, amqp_url):
+def test_what_the_tasks_raise_passes_through(broker, monkeypatch):
+    monkeypatch.setenv("AMQP_URL", broker.url)
+
     def tasks():
         yield b"task"
         raise LookupError("no more")

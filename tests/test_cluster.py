@@ -1,6 +1,5 @@
 """The same two scripts on a cluster of three RabbitMQ nodes: nodes die, freeze and restart, and no task is lost."""
 
-import contextlib
 import itertools
 import json
 import threading
@@ -12,12 +11,6 @@ from node import cluster_nodes
 from processes import wait_until
 
 from task_queue import QUEUE
-
-# How long a worker whose node died may take until it works again.
-BACK_AT_WORK_SECONDS = 15
-
-# A frozen node keeps its connections open: only missing heartbeats tell. The default of 20 s would make a long test.
-HEARTBEAT_SECONDS = 2
 
 
 class Cluster(Broker):
@@ -31,9 +24,9 @@ class Cluster(Broker):
         return next(node for node in self.nodes if node.running)
 
     @property
-    def urls(self) -> str:
-        """AMQP_URL for the scripts: all nodes."""
-        return ";".join(f"{node.url}?heartbeat={HEARTBEAT_SECONDS}" for node in self.nodes)
+    def url(self) -> str:
+        """AMQP_URL for the scripts: all nodes. Of one that freezes only the missing heartbeats tell."""
+        return ";".join(f"{node.url}?heartbeat=2" for node in self.nodes)
 
     def queue(self, asked: Node | None = None) -> dict:
         """What rabbitmqctl tells of task_queue: {"leader": name of a node, "online": names of nodes}."""
@@ -88,17 +81,8 @@ def cluster(all_nodes):
     return all_nodes
 
 
-@pytest.fixture
-def shells(cluster):
-    """Shells whose scripts know all nodes of the cluster."""
-    with contextlib.closing(Shells(cluster.urls)) as shells:
-        yield shells
-
-
 class Load:
-    """Tasks that flow through `new_task.py -` to four workers. Every tenth takes a second."""
-
-    TASKS_PER_SECOND = 20
+    """Tasks that flow through `new_task.py -` to four workers, twenty a second. Every tenth takes a second."""
 
     def __init__(self, cluster: Cluster, shells: Shells):
         self._cluster, self._shells = cluster, shells
@@ -111,7 +95,7 @@ class Load:
         self.wait_until_all_work()
 
     def _feed(self) -> None:
-        while not self._ended.wait(1 / self.TASKS_PER_SECOND):
+        while not self._ended.wait(1 / 20):
             number = len(self._tasks)
             self._tasks.append(f"task {number}{'' if number % 10 else '.'}")
             say(self._producer, self._tasks[-1])
@@ -169,8 +153,7 @@ def test_the_node_that_leads_the_queue_is_killed_and_comes_back(cluster, load):
     leader = cluster.leader()
     orphans = load.workers_on(leader)
     leader.kill()
-    assert not leader.running
-    load.wait_until_all_work(orphans, within=BACK_AT_WORK_SECONDS)
+    load.wait_until_all_work(orphans, within=15)
     load.wait_until_all_work()
     assert all("Lost RabbitMQ" in str(worker) for worker in orphans)
     assert cluster.leader() != leader
@@ -214,7 +197,6 @@ def test_a_node_that_is_cut_off_from_the_others_is_done_without_and_taken_back(c
 def test_each_node_in_turn_is_restarted(cluster, load):
     for node in cluster.nodes:
         node.stop()
-        assert not node.running
         node.start()
         cluster.wait_until_whole()
     load.finish()
@@ -229,7 +211,6 @@ def test_with_two_of_three_nodes_down_producers_fail_and_workers_wait(cluster, s
     second = cluster.others(leader)[0]
     for node in (leader, second):
         node.kill()
-        assert not node.running
 
     producer = shells.start(impatient, "while down")
     assert (producer.ends(), producer.output()) == (1, [])

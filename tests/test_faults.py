@@ -10,21 +10,25 @@ import pytest
 from conftest import DONE, FOREVER, HIDDEN, WAITING, finish, refused, say, stop
 from processes import Script, wait_until
 
-from task_queue import DEAD_LETTERS, QUEUE, address, dead_letters
+from task_queue import DEAD_LETTERS, QUEUE, dead_letters
 
 # A task that fails, or kills
 
 
 def test_a_task_that_raises_is_tried_ten_times_and_set_aside(broker, shells, worker_with):
+    # It expires, is for two queues, and was delivered ten times: none of that must be so once more.
+    headers = {"x-request": "7", "CC": [QUEUE], "x-delivery-count": 10}
+    broker.publish(b"bad", headers, expiration="20000", user_id="guest", message_id="m")
     worker = shells.start(worker_with("raise ValueError('no such\\nfile')"))
-    shells.send("bad")
     worker.wait_for("Set aside 'bad'")
     assert len([line for line in worker.output() if "Received 'bad'" in line]) == 10
     assert DONE not in worker.output()
-    headers, _, _ = broker.dead_letter()
+    headers, properties, body = broker.dead_letter()
+    assert (body, properties.message_id, properties.expiration) == (b"bad", "m", None)
+    assert (headers["x-request"], headers["x-set-aside-after-deliveries"]) == ("7", 10)
     assert headers["x-set-aside-because"].startswith("ValueError: no such\\nfile")
-    assert headers["x-set-aside-after-deliveries"] == 10
     assert headers["x-set-aside-at"] > 0
+    assert "CC" not in headers
     assert broker.ready() == 0
 
 
@@ -129,43 +133,36 @@ def test_a_connection_that_is_silently_dead_is_noticed(shells, proxy):
     other.wait_for("(redelivered)", within=10)
 
 
-def test_heartbeats_come_every_20_seconds_unless_the_url_says_otherwise(monkeypatch):
-    for url, seconds in {"amqp://h": 20, "amqp://h/?heartbeat=7": 7, "amqp://h/?heartbeat=0": 0}.items():
-        monkeypatch.setenv("AMQP_URL", url)
-        assert address.nodes("test")[0].heartbeat == seconds
-
-
-def test_a_queue_that_rabbitmq_cannot_bring_back_is_told_once(mortal, mortal_shells):
+def test_a_queue_that_rabbitmq_cannot_bring_back_is_told_once(mortal, shells):
     if not mortal.node.ctl("version").startswith("3."):
         pytest.skip("only RabbitMQ 3 loses a queue that was deleted just before a kill, and declared again")
     mortal.delete_queue()
     mortal.node.kill()
     mortal.node.start()
-    mortal_shells.worker().kill()  # it has declared the queue, and waited until that is on disk
+    shells.worker().kill()  # it has declared the queue, and waited until that is on disk
     mortal.node.kill()
     mortal.node.start()
-    worker = mortal_shells.start("worker.py")
+    worker = shells.start("worker.py")
     worker.wait_for(WAITING, times=5)
     (line,) = worker.output("stderr")
     assert line.startswith(" [!] RabbitMQ can't serve the queue 'task_queue' (INTERNAL_ERROR (541)): its log tells")
     waits = [line.at for line in worker.lines if line.text == WAITING]
     assert waits[4] - waits[3] > 1  # it was 0.5 s at first
     mortal.node.ctl("delete_queue", QUEUE)  # what the line advises
-    mortal_shells.send("task")
+    shells.send("task")
     worker.wait_for(DONE, within=15)
     mortal.node.kill()
     shutil.rmtree(mortal.node.folder / "data")  # with it, each kill would make the queue unusable from now on
 
 
 @pytest.mark.parametrize("how", ["stop", "kill"])
-def test_workers_wait_for_a_rabbitmq_that_goes_and_comes_back(mortal, mortal_shells, how):
-    busy = mortal_shells.busy_worker("in hand......")
-    idle = mortal_shells.worker()
+def test_workers_wait_for_a_rabbitmq_that_goes_and_comes_back(mortal, shells, how):
+    busy = shells.busy_worker("in hand......")
+    idle = shells.worker()
     getattr(mortal.node, how)()
-    assert not mortal.node.running
     busy.wait_for("This task will be done again", within=3)
     idle.wait_for("Trying until it answers")
-    late = mortal_shells.start("worker.py")
+    late = shells.start("worker.py")
     late.wait_for("can't reach RabbitMQ")
     mortal.node.start()
     returned = time.monotonic()
@@ -217,13 +214,19 @@ def test_a_signal_at_any_moment_ends_a_worker_in_good_order(broker, shells):
         assert line.startswith(" [!] Stopped by")
 
 
-def test_a_graceful_worker_finishes_its_task_on_sigterm(broker, shells):
-    worker = shells.busy_worker("three...", "--graceful")
-    shells.send("next")
+STOPPED = ["SIGTERM: will stop when this task is done, or at once on a second signal.", "Stopped by SIGTERM."]
+
+
+@pytest.mark.parametrize(("where", "said"), [("", STOPPED), ("2> >(true)", [])], ids=["told", "nobody reads it"])
+def test_a_graceful_worker_finishes_its_task_on_sigterm(broker, shells, where, said):
+    worker = shells.shell(f"exec {sys.executable} worker.py --graceful {where}")
+    worker.wait_for(WAITING)
+    shells.send("three...", "next")
+    worker.wait_for("Received")
     worker.terminate()
     assert worker.ends() == 0
-    assert worker.output()[1:] == [" [x] Received 'three...'", DONE]
-    assert worker.output("stderr")[1:] == [" [!] Stopped by SIGTERM."]
+    assert worker.output() == [WAITING, " [x] Received 'three...'", DONE]
+    assert worker.output("stderr") == [f" [!] {line}" for line in said]
     broker.wait_for_ready(1)  # just the other task
 
 
@@ -262,8 +265,8 @@ def test_a_producer_resends_what_is_unconfirmed_after_a_cut(broker, shells, prox
     assert "Reconnecting, to send again what is not confirmed" in line
 
 
-def test_a_producer_waits_for_a_rabbitmq_that_restarts_midway(mortal, mortal_shells):
-    producer = mortal_shells.feed("one")
+def test_a_producer_waits_for_a_rabbitmq_that_restarts_midway(mortal, shells):
+    producer = shells.feed("one")
     mortal.wait_for_ready(1)
     mortal.node.kill()
     say(producer, "two", "three")
@@ -273,8 +276,8 @@ def test_a_producer_waits_for_a_rabbitmq_that_restarts_midway(mortal, mortal_she
     mortal.wait_for_ready(3)
 
 
-def test_a_producer_that_gives_up_says_how_to_go_on(mortal, mortal_shells, changed):
-    producer = mortal_shells.feed("one", "", "two", script=changed("new_task", "publisher.GIVE_UP_SECONDS = 2"))
+def test_a_producer_that_gives_up_says_how_to_go_on(mortal, shells, changed):
+    producer = shells.feed("one", "", "two", script=changed("new_task", "publisher.GIVE_UP_SECONDS = 2"))
     mortal.wait_for_ready(2)
     mortal.node.kill()
     say(producer, "three", "four")
@@ -319,10 +322,8 @@ def test_a_task_that_rabbitmq_gives_back_is_not_reported_sent(broker, shells):
     assert "The first 1 lines are confirmed" in line  # RabbitMQ confirms also what it gives back: that doesn't count
 
 
-def test_an_alarm_that_lasts_ends_a_producer_within_30_seconds(broker, shells, monkeypatch):
-    """After 25 seconds, unless the URL says otherwise, as it does here: two seconds save time."""
-    monkeypatch.setenv("AMQP_URL", broker.url)
-    assert address.nodes("test")[0].blocked_connection_timeout == 25
+def test_an_alarm_that_lasts_ends_a_producer_within_30_seconds(broker, shells):
+    """After 25 seconds (see test_input.py), unless the URL says otherwise, as it does here: two seconds save time."""
     with broker.trouble():
         producer = shells.new_task("task", url=f"{broker.url}?blocked_connection_timeout=2", within=15)
     assert (producer.process.returncode, producer.output()) == (1, [])
@@ -354,12 +355,6 @@ def test_a_node_that_is_down_is_skipped(broker, shells):
         shells.send("task", url=url)
     worker = shells.worker(url=url)
     worker.wait_for(DONE, times=3)
-
-
-def test_workers_try_the_nodes_in_random_order(monkeypatch):
-    monkeypatch.setenv("AMQP_URL", "amqp://a;amqp://b;amqp://c")
-    first = {address.nodes("test")[0].host for _ in range(100)}
-    assert first == {"a", "b", "c"}
 
 
 def test_a_password_is_seen_nowhere(broker, shells):

@@ -1,11 +1,12 @@
 """What people type: wrong command lines, wrong AMQP_URLs, and tasks from the standard input."""
 
 import os
+import shlex
 import sys
 import time
 
 import pytest
-from conftest import HIDDEN, finish, refused, say
+from conftest import DONE, HIDDEN, finish, refused, say
 
 import new_task
 import worker
@@ -14,29 +15,19 @@ from task_queue import address
 # A user that RabbitMQ doesn't know.
 LOGIN = f"somebody:{HIDDEN}"
 
-# The command line
+WRONG = {
+    "new_task.py": ["-x", "--helpme", "--help me", "- 'First message.'"],
+    "worker.py": ["'First message.'", "''", "-", "--helpme", "--help me"],
+}
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("new_task.py", "-x"),
-        ("new_task.py", "--helpme"),
-        ("new_task.py", "--help", "me"),
-        ("new_task.py", "-", "First message."),
-        ("worker.py", "First message."),
-        ("worker.py", ""),
-        ("worker.py", "-"),
-        ("worker.py", "--helpme"),
-        ("worker.py", "--help", "me"),
-    ],
-    ids=" ".join,
-)
-def test_a_wrong_command_line_gets_the_usage(offline, command):
-    script = offline.start(*command)
-    assert (script.ends(), script.output()) == (2, [])
-    (line,) = script.output("stderr")
-    assert line.startswith(f"usage: python {command[0]}")
+@pytest.mark.parametrize("script", WRONG)
+def test_a_wrong_command_line_gets_the_usage(offline, script):
+    for words in WRONG[script]:
+        run = offline.start(script, *shlex.split(words))
+        assert (run.ends(), run.output()) == (2, []), words
+        (line,) = run.output("stderr")
+        assert line.startswith(f"usage: python {script}")
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
@@ -45,9 +36,6 @@ def test_help_is_what_the_file_opens_with(offline, module, option):
     script = offline.start(f"{module.__name__}.py", option)
     assert (script.ends(), script.output("stderr")) == (0, [])
     assert script.output() == module.__doc__.strip().splitlines()
-
-
-# AMQP_URL
 
 
 @pytest.mark.parametrize(
@@ -61,7 +49,7 @@ def test_help_is_what_the_file_opens_with(offline, module, option):
         f"amqp://{LOGIN}@[127.0.0.1",
         f"amqp://{LOGIN}@127.0.0.1/%2F?heartbeat=often",
         f"amqp://{LOGIN}@127.0.0.1/%2F?ssl_options={HIDDEN}",
-        f"amqp://{LOGIN}/@127.0.0.1",
+        f"amqp://guest:1/{HIDDEN}@127.0.0.1",
         HIDDEN,
         f"amqp://{LOGIN}@127.0.0.1:1;{HIDDEN}",
     ],
@@ -73,13 +61,40 @@ def test_a_malformed_url_is_refused(monkeypatch, url):
     assert HIDDEN not in str(refusal.value)
 
 
-def test_both_scripts_tell_of_a_malformed_url_in_one_line(offline):
-    offline.both_refused("AMQP_URL is not a valid AMQP URL", url=f"amqp://{LOGIN}/@127.0.0.1")
+@pytest.mark.parametrize(
+    ("url", "authority", "why"),
+    [
+        ("amqp://guest:1/{hidden}@127.0.0.1", "ca", "AMQP_URL is not a valid AMQP URL"),
+        ("amqp://guest:{hidden}@127.0.0.1:{port}", "ca", "RabbitMQ at 127.0.0.1:{port} refuses user 'guest'"),
+        ("amqps://guest:{hidden}@127.0.0.1:{port}", "ca", "TLS with 127.0.0.1"),
+        ("amqps://guest:{hidden}@localhost:{tls_port}", "other-ca", "verify failed"),
+        ("amqps://guest:{hidden}@127.0.0.1:{tls_port}", "ca", "verify failed"),  # its certificate lacks that name
+    ],
+    ids=["malformed", "wrong password", "no TLS", "unknown authority", "another name"],
+)
+def test_what_waiting_cannot_cure_is_refused_in_one_line(node, offline, url, authority, why):
+    here = {"hidden": HIDDEN, "port": node.port, "tls_port": node.tls_port}
+    trust = {"SSL_CERT_FILE": f"{node.folder}/{authority}.pem"}
+    offline.both_refused(why.format(**here), url=url.format(**here), environment=trust)
 
 
-def test_a_wrong_password_is_refused(node, offline):
-    url = f"amqp://guest:{HIDDEN}@127.0.0.1:{node.port}"
-    offline.both_refused(f"RabbitMQ at 127.0.0.1:{node.port} refuses user 'guest'", url=url)
+def test_a_server_that_the_systems_authorities_vouch_for_is_trusted(node, shells):
+    shells.url = f"amqps://guest:guest@localhost:{node.tls_port}/"
+    trust = {"SSL_CERT_FILE": f"{node.folder}/ca.pem"}
+    shells.send("task", environment=trust)
+    shells.worker(environment=trust).wait_for(DONE)
+
+
+def test_timeouts_are_short_unless_the_url_says_otherwise(monkeypatch):
+    for query, timeouts in {"": (20, 25), "?heartbeat=0": (0, 25), "?blocked_connection_timeout=7": (20, 7)}.items():
+        monkeypatch.setenv("AMQP_URL", f"amqp://h/{query}")
+        (node,) = address.nodes("test")
+        assert (node.heartbeat, node.blocked_connection_timeout) == timeouts
+
+
+def test_the_nodes_of_a_url_are_tried_in_random_order(monkeypatch):
+    monkeypatch.setenv("AMQP_URL", "amqp://a;amqp://b;amqp://c")
+    assert {address.nodes("test")[0].host for _ in range(100)} == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize(
@@ -95,9 +110,6 @@ def test_a_worker_waits_where_there_is_no_rabbitmq_and_new_task_does_not(offline
     assert (waiting.ends(), waiting.output()) == (0, [])
     assert waiting.output("stderr")[1:] == [" [!] Stopped by Ctrl+C."]
     assert HIDDEN not in f"{sender}{waiting}"
-
-
-# Tasks from the standard input
 
 
 ALL_BYTES = bytes({*range(256)} - {ord("\n")})

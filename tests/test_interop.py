@@ -21,11 +21,8 @@ PYTHON = """
     channel = connection.channel()
     channel.queue_declare(queue="task_queue", durable=True, arguments=ARGUMENTS)
     if message := " ".join(sys.argv[1:]):
-        channel.basic_publish(
-            exchange="", routing_key="task_queue", body=message, properties=pika.BasicProperties(delivery_mode=2)
-        )
-        connection.close()
-        sys.exit()
+        channel.basic_publish("", "task_queue", message, pika.BasicProperties(delivery_mode=2))
+        sys.exit(connection.close())
 
     def callback(ch, method, properties, body):
         print(f" [x] Received {body.decode()}", flush=True)
@@ -46,8 +43,7 @@ JAVASCRIPT = """
         if (words) {
             channel.sendToQueue(queue, Buffer.from(words), { persistent: true });
             await channel.close();
-            await connection.close();
-            return;
+            return connection.close();
         }
         await channel.prefetch(1);
         await channel.consume(queue, (message) => {
@@ -106,8 +102,8 @@ def test_a_task_from_another_sender_is_done_by_our_worker(theirs, broker, shells
     worker.wait_for(DONE)
     assert worker.output()[1:] == [" [x] Received 'First message.'", DONE]
     if shutil.which("amqp-publish"):  # of the package amqp-tools: how shell scripts send
-        command = ["amqp-publish", "--url", broker.url, "--persistent", "--routing-key", QUEUE, "--body", "Second."]
-        subprocess.run(command, check=True, timeout=30)
+        command = f"amqp-publish --url {broker.url} --persistent --routing-key {QUEUE} --body Second."
+        assert shells.shell(command).ends() == 0
         worker.wait_for(DONE, times=2)
         assert worker.output()[3] == " [x] Received 'Second.'"
     assert worker.output("stderr") == []

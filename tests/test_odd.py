@@ -11,7 +11,7 @@ import time
 import pika
 import pika.data
 import pytest
-from conftest import DONE, ROOT, WAITING, finish, say, stop
+from conftest import DONE, ROOT, WAITING, finish, refused, say, stop
 from processes import wait_until
 
 from task_queue import QUEUE, address, declaration
@@ -23,7 +23,7 @@ class Raw(bytes):
 
 @pytest.fixture
 def publish(broker, monkeypatch):
-    """A function that publishes a task with headers whose values may be Raw."""
+    """Broker.publish(), for headers whose values may be Raw."""
     encode = pika.data.encode_value
 
     def encode_value(pieces, value):
@@ -32,14 +32,8 @@ def publish(broker, monkeypatch):
         pieces.append(bytes(value))
         return len(value)
 
-    def publish(task: bytes, headers=None, **properties) -> None:
-        with broker.connect() as connection:
-            channel = connection.channel()
-            channel.confirm_delivery()
-            channel.basic_publish("", QUEUE, task, pika.BasicProperties(headers=headers, **properties), mandatory=True)
-
     monkeypatch.setattr(pika.data, "encode_value", encode_value)
-    return publish
+    return broker.publish
 
 
 def timestamp(number: int) -> Raw:
@@ -72,9 +66,6 @@ ODD_HEADERS = {
 }
 
 
-# Headers
-
-
 def test_a_task_with_an_odd_header_is_done_and_acknowledged(broker, shells, publish):
     for name, value in ODD_HEADERS.items():
         publish(name.encode(), {"odd": value})
@@ -86,48 +77,27 @@ def test_a_task_with_an_odd_header_is_done_and_acknowledged(broker, shells, publ
     assert broker.ready() == 0
 
 
-def test_tasks_with_odd_headers_are_set_aside_and_sent_back_with_body_and_message_id(
-    broker, shells, publish, worker_with
-):
-    for name, value in ODD_HEADERS.items():
+def test_tasks_with_odd_headers_are_set_aside_and_sent_back(broker, shells, publish, worker_with):
+    headers = {**ODD_HEADERS, "near the size of a frame": "x" * 130_000}
+    for name, value in headers.items():
         publish(name.encode(), {"odd": value, "plain": "kept"}, message_id=name)
-    failing = shells.start(worker_with("raise ValueError", "dead_letters.PAUSE_AFTER_FAILURE = 0"))
-    failing.wait_for("Set aside", times=len(ODD_HEADERS), within=120)
+    script = worker_with("raise ValueError('\\U0001f600' * 10**6)", "dead_letters.PAUSE_AFTER_FAILURE = 0")
+    failing = shells.start(script)
+    failing.wait_for("Set aside", times=len(headers), within=120)
     failing.kill()
-    assert len(shells.dead_letters("list")) == len(ODD_HEADERS)
-    assert len(shells.dead_letters("requeue")) == len(ODD_HEADERS)
-    tasks = broker.take(len(ODD_HEADERS))
-    assert {(properties.message_id, body.decode()) for _, properties, body in tasks} == {(n, n) for n in ODD_HEADERS}
-    milliseconds = next(properties for _, properties, body in tasks if body == b"milliseconds")
-    assert milliseconds.headers["plain"] == "kept"
+    assert len(shells.dead_letters("list")) == len(headers)
+    assert len(shells.dead_letters("requeue")) == len(headers)
+    found = {body.decode(): properties for _, properties, body in broker.take(len(headers))}
+    assert {name: properties.message_id for name, properties in found.items()} == {name: name for name in headers}
+    assert found["milliseconds"].headers["plain"] == "kept"
+    assert "odd" not in found["near the size of a frame"].headers
+    assert len(found["near the size of a frame"].headers["x-set-aside-because"]) < 1000
 
 
 def test_pika_still_needs_the_patch_of_its_decoder():
     """When this fails, pika can do it by itself: away with _decode_value() in address.py."""
     with pytest.raises((ValueError, OverflowError, OSError)):
         address._pikas_decode_value(MILLISECONDS, 0)
-
-
-def test_a_dead_letter_keeps_what_it_had_and_neither_expires_nor_multiplies(broker, shells, publish, worker_with):
-    # It was delivered ten times? What a sender says about that doesn't count.
-    headers = {"x-request": "7", "CC": [QUEUE], "x-delivery-count": 10}
-    publish(b"bad", headers, expiration="20000", user_id="guest", message_id="m")
-    worker = shells.start(worker_with("raise ValueError"))
-    worker.wait_for("Set aside 'bad'")
-    assert len([line for line in worker.output() if "Received" in line]) == 10
-    headers, properties, body = broker.dead_letter()
-    assert (body, properties.message_id, properties.expiration) == (b"bad", "m", None)
-    assert headers["x-request"] == "7"
-    assert "CC" not in headers
-
-
-def test_headers_near_the_size_of_a_frame_do_not_keep_a_task_from_being_set_aside(broker, shells, publish, worker_with):
-    publish(b"large", {"large": "x" * 130_000}, message_id="m")
-    worker = shells.start(worker_with("raise ValueError('\\U0001f600' * 10**6)"))
-    worker.wait_for("Set aside 'large'")
-    headers, _, _ = broker.dead_letter()
-    assert "large" not in headers
-    assert len(headers["x-set-aside-because"]) < 1000
 
 
 # What work() does
@@ -205,9 +175,17 @@ def test_the_death_of_a_worker_is_noticed_though_a_process_that_it_forked_lives(
     assert time.monotonic() - killed_at < 5
 
 
-@pytest.mark.parametrize("harm", ["sys.stdout.close()", "sys.stdout = None", "sys.stdout = open(os.devnull, 'w')"])
-def test_what_work_does_to_standard_output_stops_nobody(broker, shells, worker_with, harm):
-    worker = shells.start(worker_with(harm))
+@pytest.mark.parametrize(
+    "what",
+    [
+        "sys.stdout.close()",
+        "sys.stdout = None",
+        "sys.stdout = open(os.devnull, 'w')",
+        "import threading; threading.Thread(target=time.sleep, args=(60,)).start()",
+    ],
+)
+def test_what_work_leaves_behind_stops_nobody(broker, shells, worker_with, what):
+    worker = shells.start(worker_with(what))
     shells.send("one", "two", "three")
     broker.wait_for_ready(0)
     stop(worker)
@@ -266,20 +244,16 @@ def test_a_worker_that_may_have_no_second_connection_holds_what_it_cannot_set_as
 # Stopping
 
 
-def test_a_thread_that_work_left_behind_does_not_hold_up_the_end(broker, shells, worker_with):
-    worker = shells.start(worker_with("import threading; threading.Thread(target=time.sleep, args=(60,)).start()"))
-    shells.send("thread")
-    worker.wait_for(DONE)
-    stop(worker)
-
-
-def test_a_worker_that_waits_for_a_silent_network_or_connects_through_it_stops(shells, proxy):
+def test_workers_that_rabbitmq_does_not_answer_stop_with_their_line(broker, shells, proxy):
+    busy = shells.busy_worker(url=proxy.url)
     waiting = shells.worker(url=proxy.url), shells.worker("--graceful", url=proxy.url)
-    assert proxy.stall() == 2
+    assert proxy.stall() == 3
     proxy.silent = True
     connecting = shells.start("worker.py", url=proxy.url)
-    wait_until(lambda: len(proxy.connections) == 3, "it connects")
-    stop(*waiting, connecting)
+    wait_until(lambda: len(proxy.connections) == 4, "it connects")
+    stop(busy, *waiting, connecting)
+    proxy.cut()
+    broker.wait_for_ready(1)
 
 
 def test_a_worker_whose_output_nobody_reads_stops(broker, shells):
@@ -302,26 +276,6 @@ def test_a_worker_whose_output_nobody_reads_stops(broker, shells):
         worker.wait()
         os.close(reader)
         os.close(writer)
-
-
-def test_a_worker_of_a_frozen_rabbitmq_stops_with_its_line(mortal, mortal_shells):
-    worker = mortal_shells.busy_worker()
-    mortal.node.freeze()
-    try:
-        stop(worker)
-    finally:
-        mortal.node.thaw()
-    mortal.wait_for_ready(1)
-
-
-def test_a_graceful_worker_whose_standard_error_is_gone_finishes_its_task(broker, shells):
-    worker = shells.shell(f"exec {sys.executable} worker.py --graceful 2> >(true)")
-    worker.wait_for(WAITING)
-    shells.send("three...")
-    worker.wait_for("Received")
-    worker.terminate()
-    assert worker.ends() == 0
-    assert worker.output()[-1] == DONE
 
 
 # What happens around a worker or a producer
@@ -376,13 +330,12 @@ def test_a_producer_that_was_stopped_for_long_goes_on(broker, shells, changed):
 
 def test_ctrl_c_ends_a_producer_that_declares_the_queue_through_a_silent_network(shells, proxy, changed):
     pause = """
-from pika.adapters.blocking_connection import BlockingChannel
-declare = BlockingChannel.queue_declare
-def declare_later(*arguments, **settings):
+declare = publisher.declaration.declare
+def declare_later(*arguments):
     print("connected", flush=True)
     sys.stdin.readline()
-    return declare(*arguments, **settings)
-BlockingChannel.queue_declare = declare_later
+    return declare(*arguments)
+publisher.declaration.declare = declare_later
 """
     producer = shells.start(changed("new_task", pause), "task", stdin=subprocess.PIPE, url=proxy.url)
     producer.wait_for("connected")
@@ -402,33 +355,42 @@ def test_a_classic_queue_that_comes_behind_the_look_for_it_is_used(broker, monke
         assert (channel.is_open, counts) == (True, False)
 
 
+AT_AN_IMPORT = """
+import os, signal, sys
+class Finder:
+    def find_spec(module, *_):
+        if module == {!r}:
+            {}
+sys.meta_path.insert(0, Finder)
+"""
+
+
+@pytest.fixture
+def start(offline, tmp_path):
+    """A function that starts a script in which something happens when a module is to be imported."""
+
+    def start(module: str, event: str, *command: str):
+        (tmp_path / "sitecustomize.py").write_text(AT_AN_IMPORT.format(module, event))
+        return offline.start(*command, environment={"PYTHONPATH": str(tmp_path)})
+
+    return start
+
+
 @pytest.mark.parametrize(
     ("script", "status", "line"),
     [("new_task.py", 1, " [!] Not sent: interrupted."), ("worker.py", 0, " [!] Stopped by Ctrl+C.")],
 )
-def test_ctrl_c_during_the_imports_gets_one_line(offline, script, status, line):
-    for module in ("pika.exceptions", "pika.adapters.blocking_connection", "random"):
-        process = offline.start("-X", "importtime", script)
-        with contextlib.suppress(AssertionError):
-            process.wait_for(module, within=5)
-        process.ctrl_c()
-        process.ends()
-        told = [text for text in process.output("stderr") if not text.startswith("import time:")]
-        if told != [] and "can't reach" not in told[0]:
-            assert told == [line]
-            assert process.process.returncode == status
+def test_ctrl_c_during_the_imports_gets_one_line(start, script, status, line):
+    for module in ("task_queue.console", "pika", "pika.adapters.blocking_connection", "random"):
+        interrupted = start(module, "os.kill(os.getpid(), signal.SIGINT)", script)
+        assert (interrupted.ends(), interrupted.output("stderr")) == (status, [line]), module
 
 
 @pytest.mark.parametrize("script", ["new_task", "worker"])
-def test_without_pika_one_line_says_how_to_install_it(script):
-    def bare(program: str) -> subprocess.CompletedProcess:
-        program = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); {program}"
-        return subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True)
-
-    run = bare(f"sys.argv = ['{script}.py']; runpy.run_module('{script}', run_name='__main__')")
-    assert run.returncode == 1
-    (line,) = run.stderr.splitlines()
+def test_without_pika_one_line_says_how_to_install_it(start, script):
+    no_pika = "pika", "raise ModuleNotFoundError(name=module)"
+    line = refused(start(*no_pika, f"{script}.py"))
     assert line.startswith(" [!] pika is not installed.")
     assert "source .venv/bin/activate" in line
-    imported = bare(f"exec('try: import {script}\\nexcept ImportError: print(1)')")
-    assert (imported.returncode, imported.stdout) == (0, "1\n")
+    importing = start(*no_pika, "-c", f"try: import {script}\nexcept ImportError: print(1)")
+    assert (importing.ends(), importing.output()) == (0, ["1"])
