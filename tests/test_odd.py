@@ -11,7 +11,7 @@ import time
 import pika
 import pika.data
 import pytest
-from conftest import DONE, ROOT, WAITING, finish, say, stop
+from conftest import DONE, ROOT, WAITING, finish, frozen, say, stop
 from processes import wait_until
 
 from task_queue import QUEUE, address, declaration
@@ -306,11 +306,8 @@ def test_a_worker_whose_output_nobody_reads_stops(broker, shells):
 
 def test_a_worker_of_a_frozen_rabbitmq_stops_with_its_line(mortal, mortal_shells):
     worker = mortal_shells.busy_worker()
-    mortal.node.freeze()
-    try:
+    with frozen(mortal.node):
         stop(worker)
-    finally:
-        mortal.node.thaw()
     mortal.wait_for_ready(1)
 
 

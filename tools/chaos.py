@@ -149,7 +149,6 @@ class Run:
         wait_until(self.is_idle, "all tasks are sent and done", 2 * PATIENCE + self.tasks / 50)
         for worker in self.crew:
             worker.terminate()
-        for worker in self.crew:
             worker.ends(20)
         wait_until(lambda: self.counts(QUEUE)[1] == 0, "RabbitMQ notices that all workers have gone", PATIENCE)
         left = {queue: self.counts(queue)[0] for queue in (QUEUE, DEAD_LETTERS)}

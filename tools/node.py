@@ -44,10 +44,8 @@ def answers_amqp(host: str, port: int) -> bool:
 
 
 def free_port() -> int:
-    """Return a TCP port of loopback on which nobody listens now.
-
-    It lies below the ports of outgoing connections: a node that is down for a moment must find its port free again.
-    """
+    """Return a TCP port of loopback on which nobody listens now."""
+    # Below those of outgoing connections: a node that is down for a moment must find its port free again.
     port = random.randrange(10_000, 32_000)
     with socket.socket() as probe:
         return free_port() if probe.connect_ex(("127.0.0.1", port)) == 0 else port
