@@ -162,6 +162,16 @@ def stop(*workers: Script) -> None:
         assert worker.output("stderr")[-1].startswith(" [!] Stopped by SIGTERM.")
 
 
+@contextlib.contextmanager
+def frozen(node: Node):
+    """In this block a node stands still: its connections stay open, but nobody answers on them."""
+    os.killpg(node.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.killpg(node.pid, signal.SIGCONT)
+
+
 class Broker:
     """What a test asks RabbitMQ itself, as `rabbitmqctl list_queues` would tell it."""
 

@@ -6,7 +6,7 @@ import threading
 
 import psutil
 import pytest
-from conftest import DONE, Broker, Node, Shells, finish, say
+from conftest import DONE, Broker, Node, Shells, finish, frozen, say
 from node import cluster_nodes
 from processes import wait_until
 
@@ -42,8 +42,7 @@ class Cluster(Broker):
     def start(self) -> None:
         """Start the nodes that are down, all at once."""
         for node in self.nodes:
-            if not node.running:
-                node.launch()
+            node.launch()
         for node in self.nodes:
             node.wait_until_ready()
 
@@ -165,17 +164,14 @@ def test_the_node_that_leads_the_queue_is_killed_and_comes_back(cluster, load):
 @pytest.mark.parametrize("leads", [False, True], ids=["another", "the leader"])
 def test_a_node_that_freezes_is_given_up_and_taken_back(cluster, load, leads):
     leader = cluster.leader()
-    frozen = leader if leads else cluster.others(leader)[0]
-    orphans = load.workers_on(frozen)
-    frozen.freeze()
-    try:
+    still = leader if leads else cluster.others(leader)[0]
+    orphans = load.workers_on(still)
+    with frozen(still):
         for worker in orphans:
             worker.wait_for("Lost RabbitMQ", within=60)
         if not leads:  # without its leader the queue may stand still until the node is back
             load.wait_until_all_work(within=90)  # a worker may try the frozen node, too, for 15 s a time
-            assert not any(is_connected(worker, frozen) for worker in load.workers)
-    finally:
-        frozen.thaw()
+            assert not any(is_connected(worker, still) for worker in load.workers)
     load.finish()
 
 

@@ -294,7 +294,7 @@ def test_a_worker_that_cannot_consume_backs_off_and_says_why_once(broker, shells
     with broker.trouble(begin, end):
         worker = shells.start("worker.py", url=proxy.url)
         worker.wait_for(f"{why} limit")
-        wait_until(lambda: proxy.accepted > 3, "it tries again and again")
+        wait_until(lambda: len(proxy.links) > 3, "it tries again and again")
         assert len(worker.output("stderr")) == 1
     worker.wait_for(WAITING, within=8)
 

@@ -22,8 +22,8 @@ from statistics import median
 
 import pika
 import psutil
-from node import Node, NodeError, cluster_nodes
-from processes import ROOT, Script, ignore_signals, raise_on_signals, wait_until
+from node import Node, NodeError, close_all, cluster_nodes
+from processes import ROOT, Script, interruptible, wait_until
 
 sys.path.insert(0, str(ROOT))
 from task_queue import QUEUE, QUORUM
@@ -37,14 +37,20 @@ TIDY = """ra_log_wal:force_roll_over(ra_log_wal), ra_log_segment_writer:await(ra
 
 
 class Queue:
-    """The task_queue of one node, and ways to measure on it. A measurement is a dict: {what: figure}."""
+    """The task_queue of a node, or of a cluster, and ways to measure on it. A measurement is a dict: {what: figure}."""
 
-    def __init__(self, node: Node, arguments: dict = QUORUM):
-        self.url, self.keep = node.url, False  # keep: whether its tasks stay there
+    def __init__(self, *nodes: Node, arguments: dict = QUORUM, keep: bool = False):
+        self.url, self.keep = nodes[0].url, keep  # keep: whether its tasks stay there
+        for node in nodes:
+            node.start()
         # How commands are started on it. What they print is not read, as that would cost CPU.
         self.settings = {"env": {**os.environ, "AMQP_URL": self.url}, "cwd": ROOT, "stdout": subprocess.DEVNULL}
-        self.channel = pika.BlockingConnection(pika.URLParameters(f"{self.url}?heartbeat=0")).channel()
+        self.channel = self.connect()
         self.channel.queue_declare(QUEUE, durable=True, arguments=arguments)
+
+    def connect(self):
+        """Return a channel of a new connection to it."""
+        return pika.BlockingConnection(pika.URLParameters(f"{self.url}?heartbeat=0")).channel()
 
     def counts(self):
         """Return how many tasks wait, and how many workers there are: message_count, consumer_count."""
@@ -100,17 +106,15 @@ class Bench:
 
     def __init__(self, quick: bool, folder: Path, pages: Path):
         self.quick, self.folder, self.pages = quick, folder, pages
-        self.nodes: list[Node] = []  # all that were started
 
     def report(self, names: list[str]) -> None:
         """Run benchmarks; print and write what they find."""
         self.pages.mkdir(exist_ok=True)
-        self.queue = self.start([Node(self.folder / "node")])
-        rabbitmq = self.nodes[0].ctl("version").strip()
-        versions = f"RabbitMQ {rabbitmq}, Python {sys.version.split()[0]}, pika {pika.__version__}"
-        self.where = (
-            f"Measured on {time.strftime('%Y-%m-%d')}: {versions}, {os.cpu_count()} cores that everything shares."
-        )
+        node = Node(self.folder / "node")
+        self.queue = Queue(node)
+        versions = f"RabbitMQ {node.ctl('version').strip()}, Python {sys.version.split()[0]}, pika {pika.__version__}"
+        cores = f"{os.cpu_count()} cores that everything shares"
+        self.where = f"Measured on {time.strftime('%Y-%m-%d')}: {versions}, {cores}."
         _, _, how = __doc__.rpartition("\n\n")
         sections = [f"# Benchmarks\n\nWritten by `make bench`.\n{self.where}\n\n{how}"]
         for name in names:
@@ -177,9 +181,8 @@ class Bench:
         on a node of its own. `new_task.py -` has a window of unconfirmed tasks in memory, never the list.
         """
         many, sent, done = self.size(1_000_000), self.size(50_000), self.size(2000)
-        classic = self.start([Node(self.folder / "classic")], arguments={})
-        long = self.start([Node(self.folder / "long")])
-        long.keep = True
+        classic = Queue(Node(self.folder / "classic"), arguments={})
+        long = Queue(Node(self.folder / "long"), keep=True)
         few_mb, many_mb = number(self.queue.run(SEND, many // 100)[2]), number(long.run(SEND, many)[2])
         queues = {"quorum": (self.queue,), "classic": (classic,), f"quorum, {many:,} tasks in it": (long,)}
         sending = self.compare("`new_task.py -`", lambda queue: queue.send(SEND, sent), queues, rounds=5)
@@ -234,7 +237,7 @@ class Bench:
 
     def carried(self, nodes: list[Node]) -> dict[str, float]:
         """Return what a cluster carries. The first node leads its queue, and everyone connects to that."""
-        queue, waiting, connections = self.start(nodes), self.size(1_000_000), self.size(400)
+        queue, waiting, connections = Queue(*nodes), self.size(1_000_000), self.size(400)
 
         def used() -> tuple[int, int]:
             """Return the bytes that the first node has in memory, the least of some looks, and on disk."""
@@ -246,7 +249,7 @@ class Bench:
         memory, disk = used()
         queue.run(SEND, waiting)
         full, full_disk = used()
-        channels = [Queue(nodes[0]).channel for _ in range(connections)]
+        channels = [queue.connect() for _ in range(connections)]
         for channel in channels:
             channel.basic_qos(prefetch_count=1)
             channel.basic_consume(QUEUE, lambda *_: None)
@@ -266,15 +269,6 @@ class Bench:
         """Return how much to do: so much, or in a quick run a hundredth of it."""
         return max(1, full // 100) if self.quick else full
 
-    def start(self, nodes: list[Node], **settings) -> Queue:
-        """Start a node or a cluster, and return its queue."""
-        self.nodes += nodes
-        for node in nodes:
-            node.launch()
-        for node in nodes:
-            node.wait_until_ready()
-        return Queue(nodes[0], **settings)
-
     def c_client(self, job: str, count: int, how: str = "") -> dict[str, tuple]:
         """Return the C baseline as a case to compare with; nothing where it can't be compiled."""
         make = ["make", "-C", self.folder, f"VPATH={ROOT}/tools", "CFLAGS=-O2", "LDLIBS=-lrabbitmq", "baseline"]
@@ -293,14 +287,6 @@ class Bench:
         first = next(iter(results.values()))
         rows = [[name, *(cell(figure, each, first) for figure in first[0])] for name, each in results.items()]
         return table([what, *first[0]], *rows)
-
-    def close(self) -> None:
-        """End all that was started. The system is asked what that is: what a signal hit at its start is there, too."""
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        for node in self.nodes:
-            node.close()  # which ends Erlang's port mapper
 
 
 def cell(figure: str, ours: list[dict], theirs: list[dict]) -> str:
@@ -329,19 +315,16 @@ def main() -> str | None:
     parser.add_argument("--only", nargs="+", choices=Bench.SECTIONS, help="measure some of it; writes nothing")
     parser.add_argument("--quick", action="store_true", help="see that it works; writes to quick-bench in $TMPDIR")
     chosen = parser.parse_args()
-    raise_on_signals()
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as folder:
         pages = Path(tempfile.gettempdir(), "quick-bench") if chosen.quick else ROOT / "docs"
         bench = Bench(chosen.quick, Path(folder), Path(folder) if chosen.only else pages)
         try:
-            bench.report(chosen.only or Bench.SECTIONS)
+            with interruptible(close_all):
+                bench.report(chosen.only or Bench.SECTIONS)
         except (NodeError, AssertionError) as problem:
             return f" [!] {problem}"
         except KeyboardInterrupt:
             return " [!] Interrupted"
-        finally:
-            ignore_signals()
-            bench.close()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 from pathlib import Path
+from typing import ClassVar
 
 from processes import wait_until
 
@@ -43,10 +44,8 @@ def answers_amqp(host: str, port: int) -> bool:
 
 
 def free_port() -> int:
-    """Return a TCP port of loopback on which nobody listens now.
-
-    It lies below the ports of outgoing connections: a node that is down for a moment must find its port free again.
-    """
+    """Return a TCP port of loopback on which nobody listens now."""
+    # Below those of outgoing connections: a node that is down for a moment must find its port free again.
     port = random.randrange(10_000, 32_000)
     with socket.socket() as probe:
         return free_port() if probe.connect_ex(("127.0.0.1", port)) == 0 else port
@@ -59,6 +58,8 @@ class Node:
     config: lines for rabbitmq.conf. advanced: an Erlang term for advanced.config. plugins: names to enable.
     home, epmd_port: nodes that share these two can form a cluster.
     """
+
+    launched: ClassVar[list["Node"]] = []  # by this program
 
     def __init__(self, folder, name="rabbit", port=0, config="", advanced="[].", plugins=(), home=None, epmd_port=0):
         self.folder, self.home = Path(folder).resolve(), Path(home or folder).resolve()
@@ -81,13 +82,22 @@ class Node:
 
     def start(self) -> "Node":
         """Start the node, unless it runs, and return it when it answers AMQP. Its data from an earlier run are kept."""
-        if not self.running:
-            self.launch()
+        self.launch()
         return self.wait_until_ready()
 
     def launch(self) -> None:
-        """Start the process without waiting for it, e.g. because other nodes of its cluster must start as well."""
-        self._write_settings()
+        """Start it without waiting for it, e.g. because other nodes of its cluster must start as well."""
+        if self.running:
+            return
+        Node.launched.append(self)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "rabbitmq.conf").write_text(f"listeners.tcp.1 = 127.0.0.1:{self.port}\n{self.config}")
+        (self.folder / "advanced.config").write_text(f"{self.advanced}\n")
+        (self.folder / "enabled_plugins").write_text(f"[{','.join(self.plugins)}].\n")
+        cookie = self.home / ".erlang.cookie"
+        if not cookie.exists():
+            cookie.write_text(os.urandom(16).hex())
+            cookie.chmod(0o400)  # Erlang refuses a cookie that others can read
         with (self.folder / "console.log").open("ab") as log:
             # In a session of its own: it outlives this process, and a Ctrl+C in this terminal is not meant for it.
             settings = {"cwd": self.folder, "env": self._environment(), "start_new_session": True}
@@ -113,22 +123,14 @@ class Node:
         """End the node at once (SIGKILL), as a power cut would."""
         self._end(os.killpg, signal.SIGKILL)  # with Erlang's helpers, which would keep its ports
 
-    def freeze(self) -> None:
-        """Stop the node's process where it is (SIGSTOP): its connections stay open, but nobody answers on them."""
-        os.killpg(self.pid, signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        """Let a frozen node go on, as if nothing had happened."""
-        os.killpg(self.pid, signal.SIGCONT)
-
     close = kill  # for good: nothing of it is left running
 
-    def ctl(self, *arguments: str, program: str = "rabbitmqctl") -> str:
-        """Run rabbitmqctl (or another of RabbitMQ's programs) against the node and return what it prints."""
-        command = [find_programs() / program, "-q", "-n", self.name, *arguments]
+    def ctl(self, *arguments: str) -> str:
+        """Run rabbitmqctl against the node and return what it prints."""
+        command = [find_programs() / "rabbitmqctl", "-q", "-n", self.name, *arguments]
         done = subprocess.run(command, env=self._environment(), capture_output=True, text=True)
         if done.returncode:
-            raise NodeError(f"{program} {' '.join(arguments)} failed: {(done.stderr or done.stdout).strip()}")
+            raise NodeError(f"rabbitmqctl {' '.join(arguments)} failed: {(done.stderr or done.stdout).strip()}")
         return done.stdout
 
     def _end(self, send, signum: int) -> None:
@@ -139,16 +141,6 @@ class Node:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.epmd_port), 2) as epmd:
             epmd.sendall(b"\x00\x01k")
             epmd.recv(2)
-
-    def _write_settings(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "rabbitmq.conf").write_text(f"listeners.tcp.1 = 127.0.0.1:{self.port}\n{self.config}")
-        (self.folder / "advanced.config").write_text(f"{self.advanced}\n")
-        (self.folder / "enabled_plugins").write_text(f"[{','.join(self.plugins)}].\n")
-        cookie = self.home / ".erlang.cookie"
-        if not cookie.exists():
-            cookie.write_text(os.urandom(16).hex())
-            cookie.chmod(0o400)  # Erlang refuses a cookie that others can read
 
     def _environment(self) -> dict:
         """The node's environment: nothing inherited may point it at another node's files or ports."""
@@ -177,3 +169,14 @@ def cluster_nodes(folder, count: int = 3, config: str = "", **settings) -> list[
     join += "cluster_formation.classic_config.nodes.1 = rabbit1@localhost\n"
     settings |= {"config": config + join, "home": folder, "epmd_port": free_port()}
     return [Node(Path(folder) / f"rabbit{n}", f"rabbit{n}", **settings) for n in range(1, count + 1)]
+
+
+def close_all() -> None:
+    """End all that this program has started. The system knows what that is, even if a signal hit it at its start."""
+    import psutil  # here, as the demo goes without it
+
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    for node in Node.launched:
+        node.close()  # which ends Erlang's port mapper

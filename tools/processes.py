@@ -1,13 +1,16 @@
 """Runs worker.py and new_task.py as real processes and reads what they print, for whatever plays with them."""
 
+import contextlib
+import functools
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,12 +21,8 @@ DEADLINE = 30
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Line(NamedTuple):
-    """A line that a process printed: when (monotonic seconds), where ("stdout" or "stderr"), and its text."""
-
-    at: float
-    stream: str
-    text: str
+# A line that a process printed: when (monotonic seconds), where ("stdout" or "stderr"), and its text.
+Line = namedtuple("Line", ["at", "stream", "text"])
 
 
 class Script:
@@ -56,14 +55,10 @@ class Script:
 
     def wait_for(self, text: str, times: int = 1, within: float = DEADLINE) -> Line:
         """Return the line that contains `text` for the `times`-th time. AssertionError if it doesn't come in time."""
-
-        def found() -> list[Line]:
-            return [line for line in self.lines if text in line.text]
-
         with self._changed:
-            if not self._changed.wait_for(lambda: len(found()) >= times, within):
-                raise AssertionError(f"{text!r} did not come {times} times within {within} s:\n{self}")
-            return found()[times - 1]
+            found = self._changed.wait_for(lambda: [one for one in self.lines if text in one.text][times - 1 :], within)
+        assert found, f"{text!r} did not come {times} times within {within} s:\n{self}"
+        return found[0]
 
     def ends(self, within: float = DEADLINE) -> int:
         """Return the exit status, once the process has ended and all it printed is in `lines`."""
@@ -102,6 +97,41 @@ class Script:
         return f"{self.name} (exit status {self.process.poll()}) printed\n{printed}"
 
 
+class Shells:
+    """The shells of a person who tries the scripts. show(shell, line) gets what is typed there and what is printed."""
+
+    def __init__(self, python: str, show, url: str | None = None):
+        self.python, self.show, self.url = python, show, url
+        self.scripts: dict[int, Script] = {}  # shell -> what runs there, or ran last
+
+    def type(self, shell: int, text: str) -> None:
+        """Only show what a person types."""
+        self.show(shell, Line(time.monotonic(), "typed", text))
+
+    def run(self, shell: int, command: str) -> Script:
+        """Type a command (a script, and its words as bash takes them), and return what it has started."""
+        self.type(shell, f"$ {self.python} {command}")
+        self.scripts[shell] = Script(*shlex.split(command), url=self.url, see=functools.partial(self.show, shell))
+        return self.scripts[shell]
+
+    def work(self, shell: int) -> Script:
+        """Start a worker, and return it when it waits for tasks."""
+        worker = self.run(shell, "worker.py")
+        worker.wait_for("[*] Waiting")
+        return worker
+
+    def ctrl_c(self, shell: int) -> None:
+        """Press Ctrl+C, and wait until what runs there has ended."""
+        self.type(shell, "^C")
+        self.scripts[shell].ctrl_c()
+        self.scripts[shell].ends()
+
+    def close(self) -> None:
+        """End what runs there."""
+        for script in self.scripts.values():
+            script.kill()
+
+
 def wait_until(condition, what: str, within: float = DEADLINE, pause: float = 0.05):
     """Return what condition() returns, once it holds; AssertionError if it doesn't come to that in time."""
     deadline = time.monotonic() + within
@@ -112,17 +142,15 @@ def wait_until(condition, what: str, within: float = DEADLINE, pause: float = 0.
     return found
 
 
-def raise_on_signals() -> None:
-    """Let the signals that end a program raise KeyboardInterrupt, with the signal's number as its argument."""
-
-    def interrupt(number: int, _) -> None:
-        raise KeyboardInterrupt(number)
-
+@contextlib.contextmanager
+def interruptible(*closing):
+    """Let signals that end a program raise KeyboardInterrupt here. While it calls closing, then, they do nothing."""
     for number in SIGNALS:
-        signal.signal(number, interrupt)
-
-
-def ignore_signals() -> None:
-    """Let them do nothing: what a program does at its end must not be left undone."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        for close in closing:
+            close()

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from functools import partial
+from functools import partial, partialmethod
 
 from node import Node, NodeError, answers_amqp, find_programs
 from processes import ROOT
@@ -35,17 +35,10 @@ class Container:
     def running(self) -> bool:
         return docker_answers() and bool(self.compose("ps", "-q", "rabbitmq"))
 
-    def start(self) -> None:
-        self.compose("up", "-d", "--wait", "rabbitmq")
-
-    def stop(self) -> None:
-        self.compose("down")
-
-    def kill(self) -> None:
-        self.compose("kill", "rabbitmq")
-
-    def ctl(self, *arguments: str) -> str:
-        return self.compose("exec", "-T", "--user", "rabbitmq", "rabbitmq", "rabbitmqctl", "-q", *arguments)
+    start = partialmethod(compose, "up", "-d", "--wait", "rabbitmq")
+    stop = partialmethod(compose, "down")
+    kill = partialmethod(compose, "kill", "rabbitmq")
+    ctl = partialmethod(compose, "exec", "-T", "--user", "rabbitmq", "rabbitmq", "rabbitmqctl", "-q")
 
 
 def docker_answers() -> bool:

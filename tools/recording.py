@@ -11,7 +11,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from node import Node, NodeError
-from processes import ROOT, Line, Script, ignore_signals, raise_on_signals
+from processes import ROOT, Line, Script, Shells, interruptible
 
 # Pauses in seconds. A person needs a moment before the next command, and to see the end before it starts again.
 BEFORE_A_COMMAND, MID_TASK, AT_THE_END = 0.5, 2, 5
@@ -20,44 +20,24 @@ BEFORE_A_COMMAND, MID_TASK, AT_THE_END = 0.5, 2, 5
 WIDTH, PADDING, TITLE_HEIGHT, LINE_HEIGHT, GAP = 720, 14, 34, 24, 14
 
 
-class Recorder:
-    """Three shells, with what a person typed there and what the scripts that run in them printed."""
+def play(shells: Shells) -> None:
+    """Play the scene: a worker is stopped in the middle of a task, and the other one does it."""
 
-    def __init__(self, url: str):
-        self.url = url
-        self.scripts: list[Script] = []
-        self.shown: dict[int, list[Line]] = {1: [], 2: [], 3: []}
-
-    def type(self, shell: int, text: str) -> None:
-        """Note what a person types in a shell."""
-        self.shown[shell].append(Line(time.monotonic(), "typed", text))
-
-    def run(self, shell: int, *command: str) -> Script:
-        """Start one of the two scripts in a shell, after a moment, and return it running."""
+    def send(task: str, worker: Script) -> None:
         time.sleep(BEFORE_A_COMMAND)
-        self.type(shell, " ".join(["$ python", *command]))
-        self.scripts.append(Script(*command, url=self.url, see=self.shown[shell].append))
-        return self.scripts[-1]
+        shells.run(3, f"new_task.py {task}").ends()
+        worker.wait_for(f"Received {task!r}")
 
-    def play(self) -> None:
-        """Play the scene: a worker is stopped in the middle of a task, and the other one does it."""
-        first, second = self.run(1, "worker.py"), self.run(2, "worker.py")
-        first.wait_for("[*] Waiting")
-        second.wait_for("[*] Waiting")
-        self.run(3, "new_task.py", "First", "message.").ends()
-        first.wait_for("Received 'First")  # it is busy, so the second task is for the other one
-        self.run(3, "new_task.py", "Second", "message..").ends()
-        second.wait_for("Received 'Second")
-        first.wait_for("Done")
-        self.run(3, "new_task.py", "A", "long", "one.....").ends()
-        first.wait_for("Received 'A long")
-        time.sleep(MID_TASK)
-        self.type(1, "^C")
-        first.ctrl_c()
-        first.ends()
-        self.type(1, "$")
-        second.wait_for("(redelivered)")
-        second.wait_for("Done", times=2)
+    first, second = shells.work(1), shells.work(2)
+    send("First message.", first)  # it is busy then, so the second task is for the other one
+    send("Second message..", second)
+    first.wait_for("Done")
+    send("A long one.....", first)
+    time.sleep(MID_TASK)
+    shells.ctrl_c(1)
+    shells.type(1, "$")
+    second.wait_for("(redelivered)")
+    second.wait_for("Done", times=2)
 
 
 def draw(shells: dict[int, list[Line]]) -> str:
@@ -113,33 +93,27 @@ text {{ fill: #e6edf3 }}
 """
 
 
-def main() -> int:
-    """Do what the command line says; return the exit status."""
+def main() -> str | int | None:
+    """Make the picture; return the exit status, or what went wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "recording.svg", help="file to write")
     parser.add_argument("--url", help="a RabbitMQ to play on, with nothing in its task_queue and no other worker")
-    found = parser.parse_args()
-    raise_on_signals()
+    chosen = parser.parse_args()
+    shown: dict[int, list[Line]] = {1: [], 2: [], 3: []}
     with tempfile.TemporaryDirectory(prefix="recording-", ignore_cleanup_errors=True) as folder:
         node = Node(folder)
-        recorder = Recorder(found.url or node.url)
+        shells = Shells("python", lambda shell, line: shown[shell].append(line), chosen.url or node.url)
         try:
-            if not found.url:
-                node.start()
-            recorder.play()
-            found.output.write_text(draw(recorder.shown))
+            with interruptible(shells.close, node.close):
+                if not chosen.url:
+                    node.start()
+                play(shells)
         except KeyboardInterrupt:
             return 130
         except (NodeError, AssertionError) as problem:
-            print(f" [!] {problem}", file=sys.stderr)
-            return 1
-        finally:
-            ignore_signals()
-            for script in recorder.scripts:
-                script.kill()
-            node.close()
-    print(f"wrote {found.output}")
-    return 0
+            return f" [!] {problem}"
+    chosen.output.write_text(draw(shown))
+    print(f"wrote {chosen.output}")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ class Link(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         # In a thread of its own for each connection; the server closes the near end afterwards.
-        near = self.request
+        near, self.is_cut, self.held = self.request, False, []  # held: what has come and waits here
+        self.flowing = threading.Event()  # or else it is stalled
+        if not self.server.silent:
+            self.flowing.set()
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.server.target)) as far:
-            self.held = {near: 0, far: 0}  # how many bytes have come from this end, and wait here
-            self.flowing = threading.Event()  # or else it is stalled
-            if not self.server.silent:
-                self.flowing.set()
-            self.is_cut = False
+            self.ends = near, far
             self.server.links.append(self)
             back = threading.Thread(target=self._pass_on, args=(far, near), daemon=True)
             back.start()
@@ -25,26 +24,25 @@ class Link(socketserver.BaseRequestHandler):
             back.join()
 
     def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
-        """Pass on what comes from one end, until it is closed; then close both."""
-        with contextlib.suppress(OSError):
-            while received := self._receive(source):
+        """Pass on what comes from one end, until one of them is closed; then close both."""
+        received = b"."
+        while received:
+            try:
+                received = source.recv(1 << 16)
+            except OSError:
+                received = b""
+            # On a stalled link nothing gets on: no bytes, and no news of an end that is closed.
+            self.held.append(received)
+            self.flowing.wait()
+            self.held.remove(received)
+            with contextlib.suppress(OSError):
                 target.sendall(received)
         self.cut()
-
-    def _receive(self, source: socket.socket) -> bytes:
-        received = b""
-        with contextlib.suppress(OSError):
-            received = source.recv(1 << 16)
-        # On a stalled link nothing gets on: no bytes, and no news of an end that is closed.
-        self.held[source] = len(received)
-        self.flowing.wait()
-        self.held[source] = 0
-        return received
 
     def cut(self) -> None:
         """Close both ends, for the threads that read from them, too."""
         self.is_cut = True
-        for end in self.held:
+        for end in self.ends:
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
         self.flowing.set()
@@ -64,11 +62,6 @@ class TcpProxy(socketserver.ThreadingTCPServer):
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
-    def accepted(self) -> int:
-        """How many connections it has passed on, ever."""
-        return len(self.links)
-
-    @property
     def connections(self) -> list[Link]:
         """Those that are open."""
         return [link for link in self.links if not link.is_cut]
@@ -76,7 +69,7 @@ class TcpProxy(socketserver.ThreadingTCPServer):
     @property
     def held(self) -> int:
         """How many bytes wait at the stalled connections, as far as this side of the network can tell."""
-        return sum(sum(link.held.values()) for link in self.connections if not link.flowing.is_set())
+        return sum(len(part) for link in self.connections if not link.flowing.is_set() for part in link.held)
 
     def cut(self) -> int:
         """Close every connection, as a router that restarts does. Return how many."""
