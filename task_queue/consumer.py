@@ -5,6 +5,7 @@ threads can share (it is on its main branch), use it in place of heartbeats() an
 """
 
 import contextlib
+import math
 import os
 import random
 import signal
@@ -55,6 +56,7 @@ class Channel:
         self._graceful = graceful  # whether SIGTERM waits for the task in hand; Ctrl+C never does
         self._signal = 0  # the first one that came
         self._finishing = self._leaving = False  # whether it waits for the task; whether we hand back what we have
+        self._deadline = math.inf  # when we must be gone
         self._pid = os.getpid()
         for signum in SIGNALS:
             signal.signal(signum, self._on_signal)
@@ -69,6 +71,7 @@ class Channel:
     @lost_rabbitmq()
     def basic_qos(self, prefetch_count: int) -> None:
         """As pika's."""
+        self._stop_if_told()
         self._channel.basic_qos(prefetch_count=prefetch_count)
 
     @lost_rabbitmq()
@@ -91,6 +94,7 @@ class Channel:
             method, properties, task = delivery
             tries = self._earlier_deliveries(method, properties)
             if tries < dead_letters.MAX_DELIVERIES:
+                self._working = True
                 yield delivery
             else:
                 self._set_aside(method, properties, task, tries, "its workers died or were stopped")
@@ -153,6 +157,7 @@ class Channel:
                 self._connection = connect("worker.py")
                 do_tasks(self)
             except Unreachable as problem:
+                self._stop_if_told()
                 gist = str(problem).partition(" (")[0]  # details, in brackets, change from one attempt to the next
                 if gist not in known and not self._told:
                     what_follows = "Reconnecting." if isinstance(problem, Lost) else "Trying until it answers."
@@ -174,10 +179,12 @@ class Channel:
         self._pika.acquire()  # a signal may have come before we had it back
         with contextlib.suppress(AttributeError, *PIKAS_ERRORS):  # there may be no channel
             self._channel.cancel()  # first: or RabbitMQ gives the task to us again
-            # RabbitMQ 4 doesn't count a nack as a failure of the task. RabbitMQ 3 counts all, and puts it behind others.
+            # RabbitMQ 4 doesn't count a nack as a failure of the task. RabbitMQ 3 does, and puts it behind the others.
             if self._connection._impl.server_properties["version"] >= "4":
                 self._channel.basic_nack(0, multiple=True, requeue=True)
         self._close()
+        for signum in SIGNALS:  # the exit status is 0, even if another one comes while Python ends
+            signal.signal(signum, signal.SIG_IGN)
 
     def _close(self) -> None:
         with contextlib.suppress(AttributeError, *PIKAS_ERRORS):  # there may be none
@@ -186,8 +193,8 @@ class Channel:
     def _look_after(self) -> None:
         """The second thread: answer heartbeats during the work."""
         # Signals are for the main thread: one that this thread took would not wake it where it waits for the network.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        while True:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        while time.monotonic() < self._deadline:
             time.sleep(TICK_SECONDS)
             if self._working and not self._told and self._pika.acquire(blocking=False):
                 try:
@@ -196,9 +203,12 @@ class Channel:
                     self._told = "" if self._channel.is_open else TOO_LONG
                 except (Lost, Refused) as problem:
                     self._told = f"{problem} This task will be done again."
+                except Stop:
+                    pass  # the task was done just now: the main thread sees by itself that it must stop
                 self._pika.release()
                 if self._told:
                     console.warn(self._told)
+        os._exit(0)
 
     def _on_signal(self, signum: int, _frame: Any) -> None:
         if self._signal:
@@ -215,8 +225,7 @@ class Channel:
 
     def _say_goodbye(self) -> None:
         """Say that we stop; and do so in time, even if nobody listens."""
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
-        signal.alarm(GOODBYE_SECONDS)
+        self._deadline = time.monotonic() + GOODBYE_SECONDS
         what = " The task in hand goes back to the queue." if self._working else ""
         console.warn(f"Stopped by {SIGNALS[self._signal]}.{what}", after_ctrl_c=self._signal == signal.SIGINT)
 

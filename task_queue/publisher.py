@@ -57,7 +57,7 @@ class Channel:
     def __init__(self, name: str):
         """name: what RabbitMQ will call the connection."""
         self._name = name
-        self._queue, self._ready = "", False  # what is declared, and whether it ever was
+        self._queue, self._ready = QUEUE, False  # what is declared, and whether it ever was
         self._connection: Any = None
         self._channel: Any = None
         self._frames: list[bytes] = []  # what is not passed on to the network
@@ -86,6 +86,8 @@ class Channel:
 
     def queue_declare(self, queue: str, durable: bool = True, arguments: Any = QUORUM) -> None:
         """Declare a durable quorum queue (see declaration.py), now and on each new connection. A channel has one."""
+        if queue != self._queue:
+            self._drop()
         self._queue = queue
         self._on_a_connection(lambda: None)
 
@@ -115,6 +117,8 @@ class Channel:
     def wait_for_confirms(self, but: int = 0) -> None:
         """Return when RabbitMQ has confirmed every task, or all but so many bytes of tasks."""
         self._on_a_connection(lambda: self._until(lambda: self._size <= but and not self._nacked))
+        if not but:
+            self._file = None  # all of it is confirmed, and it may be closed now
 
     def _on_a_connection(self, step: Callable[[], None]) -> None:
         """Do step(), on as many connections as it takes. NotConfirmed if there is no hope in another one."""
@@ -135,6 +139,7 @@ class Channel:
 
     def _pause(self, problem: Unreachable) -> None:
         """Wait before another attempt, and say why. NotConfirmed if there is no hope in that."""
+        self._problem = self._problem or str(problem)
         if isinstance(problem.__cause__, ConnectionBlockedTimeout):
             raise self._not_confirmed(f"{self._problem} Free some there; rabbitmq-diagnostics alarms tells more.")
         if not isinstance(problem, Lost):
@@ -244,7 +249,7 @@ class Channel:
                 *lines, rest = rest.split(b"\n")
                 yield from map(bytes, lines)
             elif len(rest) > LONGEST_LINE:
-                self.wait_for_confirms()
+                self.wait_for_confirms(but=SMALL - 1)  # which is none
                 raise self._not_confirmed(f"a line is longer than {LONGEST_LINE >> 20} MiB, which no RabbitMQ accepts.")
         if rest:
             yield bytes(rest)
