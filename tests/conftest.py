@@ -47,10 +47,6 @@ sys.exit({script}.main())
 """
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "docker: needs a Docker engine with Compose")
-
-
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     for item in items:

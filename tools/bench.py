@@ -148,9 +148,9 @@ class Bench:
         Tasks without a dot, so there is no work: what is left is receiving, printing and acknowledging them one by one.
         The tutorial's loop has no heartbeats while it works, no reconnecting, no handling of signals and failures.
         """
-        count = self.size(2000)
+        count = self.size(5000)
         loop, ours = {"the tutorial's loop": ([*BASELINE, "work"], count)}, {"`worker.py`": (WORKER, count)}
-        return self.compare("worker", self.queue.work, loop | ours | self.c_client("work", count), rounds=21)
+        return self.compare("worker", self.queue.work, loop | ours | self.c_client("work", count), rounds=15)
 
     def by_hand(self) -> str:
         """One task by hand

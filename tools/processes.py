@@ -20,7 +20,6 @@ DEADLINE = 30
 # What ends a program early: Ctrl+C, kill, a closed terminal.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-
 # A line that a process printed: when (monotonic seconds), where ("stdout" or "stderr"), and its text.
 Line = namedtuple("Line", ["at", "stream", "text"])
 
