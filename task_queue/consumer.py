@@ -177,7 +177,7 @@ class Channel:
         if self._finishing:
             self._say_goodbye()
         self._pika.acquire()  # a signal may have come before we had it back
-        with contextlib.suppress(AttributeError, *PIKAS_ERRORS):  # there may be no channel
+        with contextlib.suppress(AttributeError, TypeError, *PIKAS_ERRORS):  # it may be gone
             self._channel.cancel()  # first: or RabbitMQ gives the task to us again
             # RabbitMQ 4 doesn't count a nack as a failure of the task. RabbitMQ 3 does, and puts it behind the others.
             if self._connection._impl.server_properties["version"] >= "4":

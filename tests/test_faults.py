@@ -158,10 +158,12 @@ def test_a_queue_that_rabbitmq_cannot_bring_back_is_told_once(mortal, shells):
 @pytest.mark.parametrize("how", ["stop", "kill"])
 def test_workers_wait_for_a_rabbitmq_that_goes_and_comes_back(mortal, shells, how):
     busy = shells.busy_worker("in hand......")
-    idle = shells.worker()
+    idle, leaving = shells.worker(), shells.worker()
     getattr(mortal.node, how)()
     busy.wait_for("This task will be done again", within=3)
-    idle.wait_for("Trying until it answers")
+    for worker in (idle, leaving):
+        worker.wait_for("Trying until it answers")
+    stop(leaving)
     late = shells.start("worker.py")
     late.wait_for("can't reach RabbitMQ")
     mortal.node.start()

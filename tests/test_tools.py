@@ -1,7 +1,4 @@
-"""tools/: the demo plays the tutorial, chaos finds what is lost, the benchmarks work; and nothing of them stays behind.
-
-What the benchmarks measured is looked at by no test: the machine may be busy.
-"""
+"""tools/: the demo plays the tutorial, chaos finds what is lost, the benchmarks work; and nothing of them stays behind."""
 
 import re
 import shutil

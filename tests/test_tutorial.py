@@ -1,7 +1,4 @@
-"""The tutorial's experiments, on a real RabbitMQ, with the scripts as real processes.
-
-Those that the pages show are played by test_pages.py: round robin, for one.
-"""
+"""The tutorial's experiments on a real RabbitMQ, but for those that the pages show, which test_pages.py plays."""
 
 import re
 import signal
