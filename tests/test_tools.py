@@ -1,4 +1,4 @@
-"""tools/: the demo plays the tutorial, chaos finds what is lost, the benchmarks work; and nothing of them stays behind."""
+"""tools/: the demo plays the tutorial, chaos finds what is lost, the benchmarks work, and nothing stays behind."""
 
 import re
 import shutil
