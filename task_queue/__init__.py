@@ -11,8 +11,8 @@ QUORUM = {"x-queue-type": "quorum"}
 
 
 def _last_words(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Report what nobody caught: Ctrl+C and a missing pika in one line each."""
-    if isinstance(error, KeyboardInterrupt):
+    """Report what nobody caught: Ctrl+C (in our scripts) and a missing pika in one line each."""
+    if isinstance(error, KeyboardInterrupt) and sys.argv[0].endswith(("new_task.py", "worker.py")):
         sends = sys.argv[0].endswith("new_task.py")
         print(" [!] Not sent: interrupted." if sends else " [!] Stopped by Ctrl+C.", file=sys.stderr)
         os._exit(1 if sends else 0)

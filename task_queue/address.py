@@ -17,8 +17,8 @@ from task_queue import QUEUE
 
 # Where RabbitMQ is, unless the environment variable AMQP_URL says otherwise.
 DEFAULT_URL = "amqp://guest:guest@localhost:5672/%2F"
-# How often the two ends show each other that they are alive: RabbitMQ advises 5 to 20 s. And how long RabbitMQ may keep
-# us from publishing, as it is short of memory or disk: with what else takes time, a user waits for less than 30 s.
+# How often the two ends show each other that they are alive: RabbitMQ advises 5 to 20 s. And how long to wait while
+# RabbitMQ takes no tasks, as it is short of memory or disk: with connecting on top, less than 30 s.
 HEARTBEAT_SECONDS, BLOCKED_SECONDS = 20, 25
 # What pika's calls raise when RabbitMQ or the network fails. The last two are its slips on connections that have just
 # closed, so this is for calls of pika's alone: in other code they are bugs.
@@ -68,7 +68,7 @@ def connect(name: str) -> pika.BlockingConnection:
 
 def close_socket(connection: Any) -> None:
     """Let go of a connection without a word to RabbitMQ, whatever state it is in."""
-    with contextlib.suppress(AttributeError, OSError):  # it has none
+    with contextlib.suppress(AttributeError, OSError):  # there is none, or it has no socket
         connection._impl._transport._sock.close()
 
 
@@ -124,7 +124,8 @@ def describe(error: BaseException) -> str:
     if len(error.args) == 2 and isinstance(error.args[0], int):  # closed by RabbitMQ: reply code and text
         return f"{error.args[1]} ({error.args[0]})"
     # pika's own prose about the state of its connection helps nobody.
-    return "it ended the connection at once" if "prev_state" in str(error) else str(error) or type(error).__name__
+    prose = any(words in str(error) for words in ("prev_state", "StreamLostError", "indicated EOF"))
+    return "it ended the connection" if prose else str(error) or type(error).__name__
 
 
 def _cause(error: BaseException) -> BaseException:

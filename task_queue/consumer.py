@@ -26,7 +26,7 @@ FIRST_PAUSE, LAST_PAUSE, GOOD = 0.5, 3, 30
 TICK_SECONDS, GOODBYE_SECONDS = 0.2, 5
 # The signals that end a worker, as the user knows them.
 SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl+C", signal.SIGTERM: "SIGTERM"}
-# Up to RabbitMQ 4.2 it closes the channel, from 4.3 on it only cancels the consumer.
+# When a task takes too long, RabbitMQ up to 4.2 closes the channel; from 4.3 on it only cancels the consumer.
 TOO_LONG = (
     "RabbitMQ took the task back, as it does when one takes longer than consumer_timeout (30 minutes, unless "
     "rabbitmq.conf says otherwise; raise it there), or when the queue is deleted. The task will be done again."
@@ -42,7 +42,7 @@ class TaskFailed(Exception):
 
 
 class Channel:
-    """pika's channel, with heartbeats during the work. Raises Lost without a connection, and Stop after a signal."""
+    """pika's channel, with heartbeats during the work. Raises Lost when the connection is gone, Stop after a signal."""
 
     def __init__(self, graceful: bool):
         self._connection: Any = None
@@ -80,7 +80,7 @@ class Channel:
         self._channel.basic_ack(delivery_tag)
 
     def consume(self, queue: str) -> Iterator[tuple[Any, Any, bytes]]:
-        """Yield (method, properties, body) as pika's does; but a task that has killed ten workers is set aside."""
+        """Yield (method, properties, body) as pika's does; but a task that was delivered ten times is set aside."""
         self._queue, done_at = queue, 0.0
         self._deliveries = self._channel.consume(queue)
         while True:
@@ -130,8 +130,12 @@ class Channel:
 
     def _earlier_deliveries(self, method: Any, properties: Any) -> int:
         """Return how many earlier deliveries of a task RabbitMQ has counted. What its sender says doesn't count."""
-        count = (properties.headers or {}).get("x-delivery-count") if self._counts and method.redelivered else 0
-        return count if isinstance(count, int) else 0
+        headers = properties.headers or {}
+        count, acquired = headers.get("x-delivery-count"), headers.get("x-acquired-count")
+        if not self._counts or not method.redelivered or not isinstance(count, int):
+            return 0
+        # RabbitMQ 4.3 leaves the sender's count after a nack. But it writes down how often somebody had the task.
+        return min(count, acquired) if isinstance(acquired, int) else count
 
     @lost_rabbitmq()
     def _set_aside(self, method: Any, properties: Any, task: bytes, tries: int, why: str) -> None:

@@ -19,7 +19,7 @@ from task_queue import DEAD_LETTERS, QUEUE, QUORUM, console, declaration
 from task_queue.address import Refused, Unreachable, connect, lost_rabbitmq
 from task_queue.publisher import Channel, NotConfirmed
 
-# After this many deliveries a task is set aside. RabbitMQ's own limit is 20: then it drops the task.
+# After this many deliveries a task is set aside. RabbitMQ 4's own limit is 20: then it drops the task.
 MAX_DELIVERIES = 10
 # How long to wait before a failed task goes back: the cause may pass, and failing must not keep a CPU busy.
 PAUSE_AFTER_FAILURE = 1
@@ -33,7 +33,8 @@ def set_aside(task: bytes, properties: Any, tries: int, why: str) -> None:
     On a connection of its own: RabbitMQ stops listening to one that publishes while memory or disk is short. On the
     worker's own, that would hold up its acknowledgements, and so the very workers that could empty the queue.
     """
-    notes = {"x-set-aside-because": why, "x-set-aside-after-deliveries": tries, "x-set-aside-at": int(time.time())}
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    notes = {"x-set-aside-because": why, "x-set-aside-after-deliveries": tries, "x-set-aside-at": now}
     with Channel("worker.py") as channel:
         channel.queue_declare(queue=DEAD_LETTERS, durable=True, arguments=QUORUM)
         channel.confirm_delivery()
@@ -42,7 +43,8 @@ def set_aside(task: bytes, properties: Any, tries: int, why: str) -> None:
 
 def _send_copy(channel: Channel, queue: str, task: bytes, properties: Any, notes: dict[str, Any]) -> None:
     """Send a task once more, as it was, except for headers that RabbitMQ would act on again."""
-    kept = {k: v for k, v in (properties.headers or {}).items() if k not in ("x-delivery-count", "CC", "BCC")}
+    not_kept = ("x-delivery-count", "x-acquired-count", "CC", "BCC")
+    kept = {name: value for name, value in (properties.headers or {}).items() if name not in not_kept}
     try:
         size = pika.data.encode_table([], kept)
     except Exception:  # pika can't encode all that it can decode
@@ -71,8 +73,8 @@ def reason(error: BaseException) -> str:
 def list_or_requeue(command: str) -> None:
     """Print each dead letter, and send it to the task queue (`requeue`), or back to its own (`list`).
 
-    Not just put back: that counts as a delivery, and RabbitMQ drops what was delivered 20 times. RabbitMQ has the copy
-    before it forgets the original.
+    Not just put back: that may count as a delivery, and RabbitMQ 4 drops what was delivered 20 times. RabbitMQ has the
+    copy before it forgets the original.
     """
     queue = QUEUE if command == "requeue" else DEAD_LETTERS
     with lost_rabbitmq(), connect("dead_letters.py") as connection, Channel("dead_letters.py") as sender:
@@ -87,8 +89,7 @@ def list_or_requeue(command: str) -> None:
             if not method:  # somebody else took it
                 return
             note = (properties.headers or {}).get
-            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(note("x-set-aside-at", 0)))
-            tries, why = note("x-set-aside-after-deliveries"), note("x-set-aside-because")
+            when, tries, why = map(note, ("x-set-aside-at", "x-set-aside-after-deliveries", "x-set-aside-because"))
             story = console.printable(f"set aside {when} after {tries} deliveries: {why}")
             _send_copy(sender, queue, task, properties, {})
             channel.basic_ack(method.delivery_tag)

@@ -1,8 +1,8 @@
 """A channel with confirms: many tasks are on their way at once, and each is kept until RabbitMQ has confirmed it.
 
 pika's BlockingChannel waits for each confirm: a round trip per task. The channel inside of it doesn't wait. So this
-publishes there, keeps what is not confirmed, and runs pika's loop when that is too much. If the connection is lost, it
-sends that again on another one.
+publishes there, keeps what is not confirmed, and runs pika's loop when too many tasks wait. After a lost connection it
+sends what is not confirmed again on another one.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ WINDOW, SMALL, ROOM = 32_000_000, 16_000, 3_200_000
 # This many tasks leave together, in one system call; and each one after so many seconds.
 BATCH, BATCH_SECONDS = 100, 0.05
 # When to give up, if nothing is confirmed: a RabbitMQ that restarts is back well before that. And how long to pause
-# before another attempt to connect. More than STOPPED_SECONDS between two looks at the clock: it was suspended.
+# before another attempt to connect. If more than STOPPED_SECONDS pass between two looks at the clock, it was suspended.
 GIVE_UP_SECONDS, PAUSE, STOPPED_SECONDS = 60, 0.5, 6
 # How much is read at once, and the longest line: the largest message that RabbitMQ takes, by default.
 CHUNK, LONGEST_LINE = 1 << 16, 128 << 20
@@ -143,7 +143,7 @@ class Channel:
         if isinstance(problem.__cause__, ConnectionBlockedTimeout):
             raise self._not_confirmed(f"{self._problem} Free some there; rabbitmq-diagnostics alarms tells more.")
         if not isinstance(problem, Lost):
-            if not self._ready:  # at the start, who runs a command wants to know at once
+            if not self._ready:  # at the start, the user wants to know at once
                 raise self._not_confirmed(str(problem))
             self._tell(str(problem), f"Trying for up to {GIVE_UP_SECONDS} s.")
         elif self._messages:
@@ -153,10 +153,10 @@ class Channel:
 
     def _tell(self, problem: str, what_follows: str) -> None:
         """Warn, once until everything is confirmed."""
-        self._problem = problem
-        if problem not in self._told:
+        self._problem, gist = problem, problem.partition(" (")[0]  # details, in brackets, change each time
+        if gist not in self._told:
             console.warn(f"{problem} {what_follows}")
-        self._told.add(problem)
+        self._told.add(gist)
 
     def _connect(self) -> None:
         """Make a connection, and send again what the one before left without a confirm."""

@@ -1,7 +1,4 @@
-"""docker-compose.yml, run for real: needs a Docker engine, and Compose 2.24 or later. The page's blocks run both files.
-
-The run is a Compose project of its own, on free ports, and is taken down with its volumes and images at the end.
-"""
+"""docker-compose.yml, run for real by a Docker engine with Compose 2.24 or later. The page's blocks run both files."""
 
 import json
 import os

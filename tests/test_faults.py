@@ -27,7 +27,7 @@ def test_a_task_that_raises_is_tried_ten_times_and_set_aside(broker, shells, wor
     assert (body, properties.message_id, properties.expiration) == (b"bad", "m", None)
     assert (headers["x-request"], headers["x-set-aside-after-deliveries"]) == ("7", 10)
     assert headers["x-set-aside-because"].startswith("ValueError: no such\\nfile")
-    assert headers["x-set-aside-at"] > 0
+    assert headers["x-set-aside-at"].startswith("20")
     assert "CC" not in headers
     assert broker.ready() == 0
 

@@ -94,6 +94,14 @@ def test_tasks_with_odd_headers_are_set_aside_and_sent_back(broker, shells, publ
     assert len(found["near the size of a frame"].headers["x-set-aside-because"]) < 1000
 
 
+def test_a_count_of_deliveries_that_a_sender_wrote_does_not_count(broker, shells, publish):
+    publish(b"task.....", {"x-delivery-count": 50})
+    first = shells.worker()
+    first.wait_for("Received")
+    stop(first)
+    shells.worker().wait_for("Received 'task.....' (redelivered)")
+
+
 def test_pika_still_needs_the_patch_of_its_decoder():
     """When this fails, pika can do it by itself: away with _decode_value() in address.py."""
     with pytest.raises((ValueError, OverflowError, OSError)):
@@ -241,9 +249,6 @@ def test_a_worker_that_may_have_no_second_connection_holds_what_it_cannot_set_as
     broker.wait_for_ready(1)
 
 
-# Stopping
-
-
 def test_workers_that_rabbitmq_does_not_answer_stop_with_their_line(broker, shells, proxy):
     busy = shells.busy_worker(url=proxy.url)
     waiting = shells.worker(url=proxy.url), shells.worker("--graceful", url=proxy.url)
@@ -278,7 +283,7 @@ def test_a_worker_whose_output_nobody_reads_stops(broker, shells):
         os.close(writer)
 
 
-# What happens around a worker or a producer
+# What happens around a worker or a producer, and how they stop
 
 
 @pytest.mark.parametrize(
