@@ -64,11 +64,12 @@ def warn(message: str, after_ctrl_c: bool = False) -> None:
 
 
 def draw(file: int, seconds: float, sent: int, confirmed: int) -> None:
-    """Show how far the sending of a file is, after so many seconds, if standard error is a terminal."""
+    """Show how far the sending of a file is, after so many seconds, if that is seen and disturbs nobody who types."""
+    if os.isatty(file) or not os.isatty(2):
+        return
     line = f" {sent} sent, {confirmed} confirmed, {confirmed / seconds:.0f}/s"
     status = os.fstat(file)
     if stat.S_ISREG(status.st_mode) and (read := os.lseek(file, 0, os.SEEK_CUR)):
         line += f", {max(0, status.st_size / read - 1) * seconds:.0f} s left"
     # Erased to its right, and the cursor back at its left: what is printed next takes its place.
-    if os.isatty(2):
-        say(f"{line}\x1b[K", end="\r", to=2)
+    say(f"{line}\x1b[K", end="\r", to=2)

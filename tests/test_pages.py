@@ -238,14 +238,15 @@ def test_a_user_with_the_permissions_of_the_reference_can_do_everything(broker, 
 @pytest.mark.parametrize(
     ("command", "ready", "last_words"),
     [
-        (["worker.py"], r"To exit press CTRL\+C\r\n", r"\^C\r\n \[!\] Stopped by Ctrl\+C\.\r\n"),
-        (["new_task.py", "-"], "0 sent", r"\^C[^!]*\r\n \[!\] Not sent: interrupted"),
+        ("worker.py", r"To exit press CTRL\+C\r\n", r"\^C\r\n \[!\] Stopped by Ctrl\+C\.\r\n"),
+        ("new_task.py - < <(cat)", "0 sent", r"\^C[^!]*\r\n \[!\] Not sent: interrupted"),
     ],
 )
 def test_a_terminal_shows_ctrl_c_on_a_line_of_its_own(broker, command, ready, last_words):
     """The page shows it so, and its shells echo nothing: so here is one that does."""
     environment = {**os.environ, "AMQP_URL": broker.url}
-    terminal = pexpect.spawn(sys.executable, command, cwd=ROOT, env=environment, encoding="utf-8", timeout=DEADLINE)
+    command = ["-c", f"exec {sys.executable} {command}"]
+    terminal = pexpect.spawn("bash", command, cwd=ROOT, env=environment, encoding="utf-8", timeout=DEADLINE)
     terminal.expect(ready)
     terminal.sendcontrol("c")
     terminal.expect(last_words)
