@@ -74,6 +74,11 @@ def test_user_and_password_come_from_the_environment(rabbitmq):
         connect("guest:guest")
 
 
+def test_what_rabbitmq_tells_of_a_queue_is_a_second_old_at_most(rabbitmq):
+    told = "application:get_env(rabbit, quorum_tick_interval)."
+    assert compose("exec", "-T", "--user", "rabbitmq", "rabbitmq", "rabbitmqctl", "-q", "eval", told) == "{ok,1000}\n"
+
+
 def test_a_worker_that_is_stopped_finishes_its_task_first(rabbitmq):
     start_a_worker()
     send("Long.....")

@@ -12,8 +12,6 @@ from processes import Script, wait_until
 
 from task_queue import DEAD_LETTERS, QUEUE, dead_letters
 
-# A task that fails, or kills
-
 
 def test_a_task_that_raises_is_tried_ten_times_and_set_aside(broker, shells, worker_with):
     # It expires, is for two queues, and was delivered ten times: none of that must be so once more.
@@ -105,9 +103,6 @@ def test_dead_letters_are_listed_often_and_sent_back(broker, shells, worker_with
     assert broker.tasks(1) == [b"bad \x1b[31m"]
     for command in ("list", "requeue"):
         assert shells.dead_letters(command) == [" [*] No dead letters"]
-
-
-# A worker that loses its connection or its queue, or must stop
 
 
 def test_a_task_whose_connection_was_cut_is_done_again(shells, proxy):
@@ -251,9 +246,6 @@ def test_a_second_signal_ends_a_worker_at_once(broker, shells, proxy, arguments,
     broker.wait_for_ready(1)
 
 
-# A producer in trouble
-
-
 def test_a_producer_resends_what_is_unconfirmed_after_a_cut(broker, shells, proxy):
     producer = shells.feed("one", url=proxy.url)
     broker.wait_for_ready(1)
@@ -345,9 +337,6 @@ def test_an_alarm_that_passes_delays_a_producer(broker, shells):
 
 def test_a_task_larger_than_rabbitmq_accepts_is_refused_with_one_line(broker, shells):
     assert "larger" in refused(shells.feed("fits", "x" * 2_000_001))
-
-
-# Several nodes, users, and an output that nobody takes
 
 
 def test_a_node_that_is_down_is_skipped(broker, shells):

@@ -95,12 +95,17 @@ def theirs(request, broker, shells, tmp_path):
     return start
 
 
-def test_a_task_from_another_sender_is_done_by_our_worker(theirs, shells):
+def test_a_task_from_another_sender_is_done_by_our_worker(theirs, broker, shells):
     worker = shells.worker()
     sender = theirs("First", "message.")
     assert sender.ends() == 0, str(sender)
     worker.wait_for(DONE)
     assert worker.output()[1:] == [" [x] Received 'First message.'", DONE]
+    if shutil.which("amqp-publish"):  # of the package amqp-tools: how shell scripts send
+        command = f"amqp-publish --url {broker.url} --persistent --routing-key {QUEUE} --body Second."
+        assert shells.shell(command).ends() == 0
+        worker.wait_for(DONE, times=2)
+        assert worker.output()[3] == " [x] Received 'Second.'"
     assert worker.output("stderr") == []
 
 

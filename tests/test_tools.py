@@ -94,6 +94,7 @@ def test_chaos_finds_out_scripts_that_are_broken(start, tmp_path_factory, name, 
 
 
 def test_every_benchmark_works_and_the_report_has_a_section_of_each(start, tmp_path):
+    published = {file: file.stat().st_mtime for file in (ROOT / "docs").iterdir()}
     script = start("tools/bench.py --quick")
     assert (script.ends(LIMIT), script.output("stderr")) == (0, []), str(script)
     pages = tmp_path / "quick-bench"
@@ -105,6 +106,7 @@ def test_every_benchmark_works_and_the_report_has_a_section_of_each(start, tmp_p
     how_far = (pages / "how-far.md").read_text()
     assert re.search(r"^\| memory of a `worker.py`, MB +\| [\d.]+ ", how_far, re.MULTILINE)
     assert (pages / "scaling.svg").read_text().startswith("<?xml")
+    assert published == {file: file.stat().st_mtime for file in (ROOT / "docs").iterdir()}  # is not published
 
 
 @pytest.mark.parametrize(

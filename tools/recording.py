@@ -1,7 +1,4 @@
-"""Records the tutorial's three shells, while a worker is stopped in the middle of a task, as docs/recording.svg.
-
-The picture shows what a real run showed, at the moment when it did. It plays by itself, over and over: CSS, no script.
-"""
+"""Records three shells, while a worker is stopped in the middle of a task, as docs/recording.svg: CSS, no script."""
 
 import argparse
 import sys
