@@ -85,7 +85,7 @@ class Channel:
             console.say("\x1b[K", end="", to=2)  # the progress
 
     def queue_declare(self, queue: str, durable: bool = True, arguments: Any = QUORUM) -> None:
-        """Declare a durable quorum queue (see declaration.py), now and on each new connection. A channel has one."""
+        """Declare a durable quorum queue (see declaration.py), now and on each new connection. One for a channel."""
         if queue != self._queue:
             self._drop()
         self._queue = queue
@@ -109,16 +109,19 @@ class Channel:
         """Send a task. It is kept until it is confirmed, and sent again if need be: see wait_for_confirms()."""
         size = max(len(body), SMALL)
         if self._size + size > WINDOW or self._nacked or not self._connection:
-            self.wait_for_confirms(but=max(0, WINDOW - ROOM - size))
+            self._wait_for_confirms(but=max(0, WINDOW - ROOM - size))
         self._publish(_Message(self._position + 1, size, (exchange, routing_key, body, properties, mandatory)))
         if self._tag % BATCH == 1 or time.monotonic() > self._looked_at + BATCH_SECONDS:
             self._on_a_connection(lambda: self._until(lambda: not self._frames))
 
-    def wait_for_confirms(self, but: int = 0) -> None:
-        """Return when RabbitMQ has confirmed every task, or all but so many bytes of tasks."""
+    def wait_for_confirms(self) -> None:
+        """Return when RabbitMQ has confirmed every task."""
+        self._wait_for_confirms(but=0)
+        self._file = None  # all of it is confirmed, and it may be closed now
+
+    def _wait_for_confirms(self, but: int) -> None:
+        """Return when RabbitMQ has confirmed all but so many bytes of tasks."""
         self._on_a_connection(lambda: self._until(lambda: self._size <= but and not self._nacked))
-        if not but:
-            self._file = None  # all of it is confirmed, and it may be closed now
 
     def _on_a_connection(self, step: Callable[[], None]) -> None:
         """Do step(), on as many connections as it takes. NotConfirmed if there is no hope in another one."""
@@ -249,7 +252,7 @@ class Channel:
                 *lines, rest = rest.split(b"\n")
                 yield from map(bytes, lines)
             elif len(rest) > LONGEST_LINE:
-                self.wait_for_confirms(but=SMALL - 1)  # which is none
+                self._wait_for_confirms(but=0)
                 raise self._not_confirmed(f"a line is longer than {LONGEST_LINE >> 20} MiB, which no RabbitMQ accepts.")
         if rest:
             yield bytes(rest)

@@ -29,8 +29,9 @@ def test_thousands_of_lines_from_a_file_arrive_in_order_and_memory_does_not_grow
 
 
 def test_progress_is_shown_on_a_terminal_only(broker, shells, tmp_path, changed):
-    (tmp_path / "tasks.txt").write_bytes(b"task\n" * 30_000)
-    script = changed("new_task", "console.PROGRESS_SECONDS = 0.1")
+    (tmp_path / "tasks.txt").write_bytes(b"task\n\n" * 30_000)
+    # And a small window: whenever it is full, all of it must be confirmed, as for tasks of 30 MB.
+    script = changed("new_task", "console.PROGRESS_SECONDS, publisher.WINDOW = 0.1, publisher.ROOM")
     command = f"{sys.executable} {script} - < {tmp_path}/tasks.txt"
     terminal = pexpect.spawn("bash", ["-c", command], env={**os.environ, "AMQP_URL": broker.url}, timeout=60)
     terminal.expect(r" \d+ sent, \d+ confirmed, \d+/s, \d+ s left\x1b\[K\r")
