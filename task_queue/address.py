@@ -20,8 +20,8 @@ DEFAULT_URL = "amqp://guest:guest@localhost:5672/%2F"
 # How often the two ends show each other that they are alive: RabbitMQ advises 5 to 20 s. And how long to wait while
 # RabbitMQ takes no tasks, as it is short of memory or disk: with connecting on top, less than 30 s.
 HEARTBEAT_SECONDS, BLOCKED_SECONDS = 20, 25
-# What pika's calls raise when RabbitMQ or the network fails. The last two are its slips on connections that have just
-# closed, so this is for calls of pika's alone: in other code they are bugs.
+# What pika's calls raise when RabbitMQ or the network fails: the last two on a connection that has just closed.
+# Catch them at calls of pika's only: in other code they are bugs.
 PIKAS_ERRORS = (AMQPError, OSError, ValueError, AssertionError)
 
 
@@ -39,20 +39,17 @@ class Lost(Unreachable):
 
 @contextlib.contextmanager
 def lost_rabbitmq(hopeless: tuple[int, ...] = (403,)) -> Iterator[None]:
-    """For calls of pika's: turn what it raises when RabbitMQ or the network fails into Lost, or Refused.
-
-    hopeless: RabbitMQ's reply codes that a new connection would not cure. 403: no permission.
-    """
+    """Turn what pika's calls raise into Lost; or Refused, for reply codes that are hopeless (403: no permission)."""
     try:
         yield
     except PIKAS_ERRORS as error:
-        text, code = describe(error), getattr(error, "reply_code", None)
+        text, code = _in_words(error), getattr(error, "reply_code", None)
         if code in hopeless:
             raise Refused(f"RabbitMQ refuses: {text}.") from error
-        if code == 541:
-            cure = f"If the queue can't come back, rabbitmqctl delete_queue {QUEUE} deletes it, tasks and all."
-            raise Lost(f"RabbitMQ can't serve the queue {QUEUE!r} ({text}): its log tells more. {cure}") from error
-        raise Lost(f"Lost RabbitMQ ({text}).") from error
+        if code != 541:
+            raise Lost(f"Lost RabbitMQ ({text}).") from error
+        cure = f"If the queue can't come back, rabbitmqctl delete_queue {QUEUE} deletes it, tasks and all."
+        raise Lost(f"RabbitMQ can't serve the queue {QUEUE!r} ({text}): its log tells more. {cure}") from error
 
 
 def connect(name: str) -> pika.BlockingConnection:
@@ -61,8 +58,8 @@ def connect(name: str) -> pika.BlockingConnection:
     for node in nodes(name):
         try:
             return pika.BlockingConnection(node)
-        except Exception as error:  # pika has no common base class for what can happen here
-            problems.append(_explained(_cause(error), node))
+        except Exception as error:  # pika has no common base class for what can happen here, and may wrap it
+            problems.append(_explained(getattr(error.args[0], "exception", error) if error.args else error, node))
     raise next((problem for problem in problems if isinstance(problem, Unreachable)), problems[0])
 
 
@@ -82,8 +79,7 @@ def nodes(name: str) -> list[pika.URLParameters]:
             if parts.scheme not in ("amqp", "amqps") or "@" in parts.path + parts.query + parts.fragment:
                 raise ValueError
         found = [pika.URLParameters(url) for url in urls]
-    except Exception:  # pika lets out ValueError, TypeError, IndexError, SyntaxError, OSError, ...
-        # What is wrong can't be quoted: a mistyped URL has its password in the oddest places.
+    except Exception:  # ValueError, TypeError, IndexError, ...; not quoted, as it may show a password
         raise Refused(
             "AMQP_URL is not a valid AMQP URL. It must read amqp://USER:PASSWORD@HOST:PORT/VIRTUAL_HOST, with special "
             "characters percent-encoded, pika's parameters behind a ?, and ; between the nodes of a cluster."
@@ -97,59 +93,46 @@ def nodes(name: str) -> list[pika.URLParameters]:
 
 def _explained(error: Any, node: pika.URLParameters) -> Unreachable | Refused:
     """Turn what pika raises when it can't connect into one line with a remedy."""
-    where, user, text = f"{node.host}:{node.port}", node.credentials.username, describe(error)
+    where, user, text = f"{node.host}:{node.port}", node.credentials.username, _in_words(error)
     # RabbitMQ answers 403 to wrong credentials, 530 to a virtual host that isn't there or isn't ours. pika raises the
     # same two classes when the connection merely breaks at that moment, which waiting does cure.
     if isinstance(error, ProbableAuthenticationError) and "(403)" in text:
-        hint = "; by default, guest may only come from RabbitMQ's own machine" if user == "guest" else ""
-        return Refused(f"RabbitMQ at {where} refuses user {user!r}. Check user and password in AMQP_URL{hint}.")
+        remedy = "Check user and password in AMQP_URL; guest may only come from RabbitMQ's own machine."
+        return Refused(f"RabbitMQ at {where} refuses user {user!r}. {remedy}")
     if isinstance(error, ProbableAccessDeniedError) and "(530)" in text:
         if "limit (" in text:  # so many connections, for now
             return Unreachable(f"RabbitMQ at {where} accepts no more connections ({text}).")
-        problem = f"RabbitMQ at {where} has no virtual host {node.virtual_host!r}, or user {user!r} may not use it."
-        return Refused(f"{problem} Check what follows the port in AMQP_URL.")
+        what = f"has no virtual host {node.virtual_host!r}, or user {user!r} may not use it"
+        return Refused(f"RabbitMQ at {where} {what}. Check what follows the port in AMQP_URL.")
     # A connection that breaks while TLS is set up is an SSLError as well.
     if isinstance(error, ssl.SSLError) and "EOF" not in text:
-        remedy = "amqp:// is without TLS; SSL_CERT_FILE names the file of your own CA."
-        return Refused(f"TLS with {where} fails ({text}). Check host and port in AMQP_URL; {remedy}")
-    remedy = "Is it running (in this folder: make rabbitmq), and does AMQP_URL say where?"
-    return Unreachable(f"can't reach RabbitMQ at {where} ({text}). {remedy}")
+        return Refused(f"TLS with {where} fails ({text}). Check AMQP_URL; SSL_CERT_FILE names your own CA's file.")
+    return Unreachable(f"can't reach RabbitMQ at {where} ({text}). Is it running (make rabbitmq)? Check AMQP_URL.")
 
 
-def describe(error: BaseException) -> str:
+def _in_words(error: Any) -> str:
     """Return an exception of pika's as a few words."""
-    error = _cause(error)
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if len(error.args) == 2 and isinstance(error.args[0], int):  # closed by RabbitMQ: reply code and text
-        return f"{error.args[1]} ({error.args[0]})"
+    if hasattr(error, "reply_code"):  # RabbitMQ's own words
+        return f"{error.reply_text} ({error.reply_code})"
     # pika's own prose about the state of its connection helps nobody.
     prose = any(words in str(error) for words in ("prev_state", "StreamLostError", "indicated EOF"))
-    return "it ended the connection" if prose else str(error) or type(error).__name__
+    return "it ended the connection" if prose else getattr(error, "strerror", "") or str(error) or type(error).__name__
 
 
-def _cause(error: BaseException) -> BaseException:
-    """Return the innermost cause: pika wraps, say, ConnectionRefusedError in up to three errors without a text."""
-    inner = [*getattr(error, "exceptions", []), getattr(error, "exception", None), *error.args[:1]]
-    causes = [cause for cause in inner if isinstance(cause, BaseException)]
-    return _cause(causes[-1]) if causes else error
-
-
-_pikas_decode_value = pika.data.decode_value
-
-
-def _decode_value(encoded: bytes, offset: int) -> tuple[Any, int]:
+def _decode_value(encoded: bytes, offset: int, pikas: Any = pika.data.decode_value) -> tuple[Any, int]:
     """Decode a header's value. pika 1.4.4 drops the connection over a timestamp after 9999: return that as a number.
 
     Remove this when a release of pika has the cure (pika issue 1698).
     """
     try:
-        return _pikas_decode_value(encoded, offset)
-    except (ValueError, OverflowError, OSError, RecursionError) as error:
-        if encoded[offset : offset + 1] == b"T":
+        return pikas(encoded, offset)
+    except (ValueError, OverflowError, OSError, RecursionError):
+        kind = encoded[offset : offset + 1]
+        if kind == b"T":
             return struct.unpack_from(">q", encoded, offset + 1)[0], offset + 9
-        if not isinstance(error, RecursionError):  # of tables within tables, a thousand deep: do without the innermost
+        if kind not in (b"A", b"F"):
             raise
+        # Arrays or tables in each other, a thousand deep: do without the innermost.
         return None, offset + 5 + struct.unpack_from(">I", encoded, offset + 1)[0]
 
 

@@ -1,25 +1,17 @@
 """The command line, how a task is shown, and lines that never fail. Nothing here needs pika or RabbitMQ."""
 
 import os
-import stat
 import sys
 from collections.abc import Callable
 
 # How much of a task is shown, in characters (or bytes, if it is not text); how often the line of progress is drawn.
 SHOWN, PROGRESS_SECONDS = 500, 0.5
-# The encoding of the terminal or the file: what doesn't fit is escaped. A closed or replaced sys.stdout may have none.
-ENCODING = getattr(sys.stdout, "encoding", None) or "utf-8"
 
 
 def arguments(usage: str, fit: Callable[[list[str]], bool]) -> list[str]:
-    """Return the words of the command line, if fit(words). --help and a wrong command line end the program here.
-
-    usage: what --help prints. Its first line is all that a wrong command line gets.
-    """
-    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+    """Return the words of the command line if fit(words). Otherwise, or on --help, print the usage and end."""
+    while os.open(os.devnull, os.O_RDWR) <= 2:
         pass  # the shell closed 0, 1 or 2, and a connection must not get its number
-    os.close(spare)
-    sys.stdin = sys.stdin or os.fdopen(0)
     words = sys.argv[1:]
     if words in (["-h"], ["--help"]):
         say(usage.strip())
@@ -45,12 +37,9 @@ def printable(text: str) -> str:
 
 
 def say(line: str, end: str = "\n", to: int = 1) -> None:
-    """Print a line at once, even into a pipe, and never fail: a lost line must not cost a task.
-
-    to: 1 for standard output, 2 for standard error, whatever work() has done to sys.stdout.
-    """
+    """Print a line at once to 1, standard output, or 2, standard error. Never fail: a lost line must cost no task."""
     try:
-        os.write(to, (line + end).encode(ENCODING, "backslashreplace"))
+        os.write(to, (line + end).encode(getattr(sys.__stdout__, "encoding", "utf-8"), "backslashreplace"))
     except OSError as error:  # a reader that is gone (`| head`), or a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), to)
         if to == 1:
@@ -59,8 +48,7 @@ def say(line: str, end: str = "\n", to: int = 1) -> None:
 
 def warn(message: str, after_ctrl_c: bool = False) -> None:
     """Print one line of diagnosis. After Ctrl+C on a line of its own, as a terminal shows ^C there."""
-    start = "\n" if after_ctrl_c and os.isatty(2) else ""
-    say(f"{start} [!] {printable(message)}", to=2)
+    say("\n" * (after_ctrl_c and os.isatty(2)) + f" [!] {printable(message)}", to=2)
 
 
 def draw(file: int, seconds: float, sent: int, confirmed: int) -> None:
@@ -68,8 +56,7 @@ def draw(file: int, seconds: float, sent: int, confirmed: int) -> None:
     if os.isatty(file) or not os.isatty(2):
         return
     line = f" {sent} sent, {confirmed} confirmed, {confirmed / seconds:.0f}/s"
-    status = os.fstat(file)
-    if stat.S_ISREG(status.st_mode) and (read := os.lseek(file, 0, os.SEEK_CUR)):
-        line += f", {max(0, status.st_size / read - 1) * seconds:.0f} s left"
+    if os.path.isfile(file) and (read := os.lseek(file, 0, os.SEEK_CUR)):  # noqa: PTH113, no Path has a number
+        line += f", {max(0, os.fstat(file).st_size / read - 1) * seconds:.0f} s left"
     # Erased to its right, and the cursor back at its left: what is printed next takes its place.
     say(f"{line}\x1b[K", end="\r", to=2)

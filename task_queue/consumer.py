@@ -5,7 +5,6 @@ threads can share (it is on its main branch), use it in place of heartbeats() an
 """
 
 import contextlib
-import math
 import os
 import random
 import signal
@@ -21,16 +20,12 @@ from task_queue.address import PIKAS_ERRORS, Lost, Refused, Unreachable, close_s
 # Seconds between two attempts to connect, from the first to the last, shortened at random: many workers must not come
 # back in the same moment. After a connection that lasted for GOOD seconds the pause is the first again.
 FIRST_PAUSE, LAST_PAUSE, GOOD = 0.5, 3, 30
-# How often the connection is looked after during work; and how long a worker that is told to stop waits for RabbitMQ to
-# take its task back, before it just goes.
-TICK_SECONDS, GOODBYE_SECONDS = 0.2, 5
+# How often the connection is looked after during work, and how long a worker that stops waits for RabbitMQ's answer.
+TICK_SECONDS, GOODBYE_SECONDS, FOREVER = 0.2, 5, float("inf")
 # The signals that end a worker, as the user knows them.
 SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl+C", signal.SIGTERM: "SIGTERM"}
 # When a task takes too long, RabbitMQ up to 4.2 closes the channel; from 4.3 on it only cancels the consumer.
-TOO_LONG = (
-    "RabbitMQ took the task back, as it does when one takes longer than consumer_timeout (30 minutes, unless "
-    "rabbitmq.conf says otherwise; raise it there), or when the queue is deleted. The task will be done again."
-)
+TOO_LONG = "RabbitMQ took the task back: longer than consumer_timeout (see rabbitmq.conf), or the queue was deleted."
 
 
 class Stop(BaseException):
@@ -46,17 +41,14 @@ class Channel:
 
     def __init__(self, graceful: bool):
         self._connection: Any = None
-        self._channel: Any = None
-        self._counts = False  # whether the queue counts deliveries
-        self._deliveries: Iterator[Any] = iter(())
-        self._told = ""  # why the connection ended, if the user knows that
+        self._told = False  # whether the user knows that the connection has ended
         self._pika = threading.RLock()  # pika must not be used by two threads at once
         self._pika.acquire()  # the main thread has it, except in heartbeats()
         self._working = False  # whether it is in heartbeats()
         self._graceful = graceful  # whether SIGTERM waits for the task in hand; Ctrl+C never does
         self._signal = 0  # the first one that came
-        self._finishing = self._leaving = False  # whether it waits for the task; whether we hand back what we have
-        self._deadline = math.inf  # when we must be gone
+        self._leaving = False  # whether we are handing back what we have
+        self._deadline = FOREVER  # when we must be gone, once we have said that we stop
         self._pid = os.getpid()
         for signum in SIGNALS:
             signal.signal(signum, self._on_signal)
@@ -66,18 +58,9 @@ class Channel:
     @lost_rabbitmq()
     def queue_declare(self, queue: str, durable: bool = True, arguments: Any = QUORUM) -> None:
         """Declare a durable quorum queue, and be sure that it is safe to use: see declaration.py."""
-        self._channel, self._counts = declaration.declare(self._connection, queue)
-
-    @lost_rabbitmq()
-    def basic_qos(self, prefetch_count: int) -> None:
-        """As pika's."""
-        self._stop_if_told()
-        self._channel.basic_qos(prefetch_count=prefetch_count)
-
-    @lost_rabbitmq()
-    def basic_ack(self, delivery_tag: int) -> None:
-        """As pika's."""
-        self._channel.basic_ack(delivery_tag)
+        self._channel, self._counts = declaration.declare(self._connection, queue)  # whether it counts deliveries
+        self.basic_qos: Any = lost_rabbitmq()(self._channel.basic_qos)  # pika's own, but for what they raise
+        self.basic_ack: Any = lost_rabbitmq()(self._channel.basic_ack)
 
     def consume(self, queue: str) -> Iterator[tuple[Any, Any, bytes]]:
         """Yield (method, properties, body) as pika's does; but a task that was delivered ten times is set aside."""
@@ -87,7 +70,6 @@ class Channel:
             self._stop_if_told()
             with lost_rabbitmq():
                 delivery = next(self._deliveries, None)
-            self._stop_if_told()
             if not delivery:  # RabbitMQ has ended our consumer, and nothing else
                 just_now = time.monotonic() < done_at + TICK_SECONDS
                 return console.warn(TOO_LONG if just_now else f"The queue {queue!r} was deleted. Declaring it again.")
@@ -156,18 +138,18 @@ class Channel:
         """Call do_tasks(self) on one connection after another. Ends with Stop, or Refused if waiting doesn't help."""
         pause, known = FIRST_PAUSE, set[str]()
         while True:
-            began, self._told = time.monotonic(), ""
+            began, self._told = time.monotonic(), False
             try:
                 self._connection = connect("worker.py")
+                self._stop_if_told()
                 do_tasks(self)
             except Unreachable as problem:
-                self._stop_if_told()
                 gist = str(problem).partition(" (")[0]  # details, in brackets, change from one attempt to the next
-                if gist not in known and not self._told:
-                    what_follows = "Reconnecting." if isinstance(problem, Lost) else "Trying until it answers."
-                    console.warn(f"{problem} {what_follows}")
+                if not (gist in known or self._told or self._signal):
+                    console.warn(f"{problem} Reconnecting until it answers.")
                 known.add(gist)
-            self._close()
+            with contextlib.suppress(AttributeError, *PIKAS_ERRORS):  # there may be none
+                self._connection.close()
             if time.monotonic() > began + GOOD:
                 pause, known = FIRST_PAUSE, set()
             for _ in range(int(pause * random.uniform(0.5, 1) / TICK_SECONDS)):
@@ -178,7 +160,7 @@ class Channel:
     def hand_back(self) -> None:
         """Give what we have to RabbitMQ, which gives it to other workers; and say goodbye to it."""
         self._working, self._leaving = False, True
-        if self._finishing:
+        if self._deadline == FOREVER:
             self._say_goodbye()
         self._pika.acquire()  # a signal may have come before we had it back
         with contextlib.suppress(AttributeError, TypeError, *PIKAS_ERRORS):  # it may be gone
@@ -186,13 +168,9 @@ class Channel:
             # RabbitMQ 4 doesn't count a nack as a failure of the task. RabbitMQ 3 does, and puts it behind the others.
             if self._connection._impl.server_properties["version"] >= "4":
                 self._channel.basic_nack(0, multiple=True, requeue=True)
-        self._close()
+            self._connection.close()
         for signum in SIGNALS:  # the exit status is 0, even if another one comes while Python ends
             signal.signal(signum, signal.SIG_IGN)
-
-    def _close(self) -> None:
-        with contextlib.suppress(AttributeError, *PIKAS_ERRORS):  # there may be none
-            self._connection.close()
 
     def _look_after(self) -> None:
         """The second thread: answer heartbeats during the work."""
@@ -204,22 +182,21 @@ class Channel:
                 try:
                     with lost_rabbitmq():
                         self._connection.process_data_events()
-                    self._told = "" if self._channel.is_open else TOO_LONG
+                    if not self._channel.is_open:
+                        raise Lost(TOO_LONG)
                 except (Lost, Refused) as problem:
-                    self._told = f"{problem} This task will be done again."
+                    self._told = True
+                    console.warn(f"{problem} This task will be done again.")
                 except Stop:
                     pass  # the task was done just now: the main thread sees by itself that it must stop
                 self._pika.release()
-                if self._told:
-                    console.warn(self._told)
         os._exit(0)
 
     def _on_signal(self, signum: int, _frame: Any) -> None:
         if self._signal:
             os._exit(0)  # RabbitMQ sees the connection close, and gives the task to another worker
         self._signal = signum
-        self._finishing = self._working and self._graceful and signum == signal.SIGTERM
-        if self._finishing:
+        if self._working and self._graceful and signum == signal.SIGTERM:
             return console.warn("SIGTERM: will stop when this task is done, or at once on a second signal.")
         self._say_goodbye()
         if self._working:
@@ -245,14 +222,10 @@ class Channel:
 
 
 def keep_working(do_tasks: Callable[[Channel], None], usage: str) -> int:
-    """Call do_tasks(channel) on one connection after the other, until a signal ends it; return the exit status.
-
-    usage: the worker's --help.
-    """
-    graceful = bool(console.arguments(usage, lambda words: words in ([], ["--graceful"])))
+    """Call do_tasks(channel) again and again, until a signal; return the exit status. usage: what --help prints."""
+    channel = Channel(graceful=bool(console.arguments(usage, lambda words: words in ([], ["--graceful"]))))
     if hasattr(sys.stdout, "reconfigure"):  # the shell has not closed it
         sys.stdout.reconfigure(line_buffering=True)  # for what work() prints
-    channel = Channel(graceful)
     try:
         channel.run(do_tasks)
     except Stop:

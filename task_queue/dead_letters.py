@@ -30,14 +30,12 @@ REASON_LENGTH, HEADERS_SIZE = 500, 100_000
 def set_aside(task: bytes, properties: Any, tries: int, why: str) -> None:
     """Put a copy of a task into the queue of dead letters. NotConfirmed if RabbitMQ doesn't confirm that.
 
-    On a connection of its own: RabbitMQ stops listening to one that publishes while memory or disk is short. On the
-    worker's own, that would hold up its acknowledgements, and so the very workers that could empty the queue.
+    On a connection of its own: while memory or disk is short, RabbitMQ doesn't listen to one that publishes.
     """
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     notes = {"x-set-aside-because": why, "x-set-aside-after-deliveries": tries, "x-set-aside-at": now}
     with Channel("worker.py") as channel:
         channel.queue_declare(queue=DEAD_LETTERS, durable=True, arguments=QUORUM)
-        channel.confirm_delivery()
         _send_copy(channel, DEAD_LETTERS, task, properties, notes)
 
 
@@ -73,13 +71,11 @@ def reason(error: BaseException) -> str:
 def list_or_requeue(command: str) -> None:
     """Print each dead letter, and send it to the task queue (`requeue`), or back to its own (`list`).
 
-    Not just put back: that may count as a delivery, and RabbitMQ 4 drops what was delivered 20 times. RabbitMQ has the
-    copy before it forgets the original.
+    Not just put back: that may count as a delivery, and RabbitMQ 4 drops what was delivered 20 times.
     """
     queue = QUEUE if command == "requeue" else DEAD_LETTERS
     with lost_rabbitmq(), connect("dead_letters.py") as connection, Channel("dead_letters.py") as sender:
         sender.queue_declare(queue=queue, durable=True, arguments=QUORUM)
-        sender.confirm_delivery()
         channel, _ = declaration.declare(connection, DEAD_LETTERS)
         count = channel.queue_declare(queue=DEAD_LETTERS, passive=True).method.message_count
         if not count:

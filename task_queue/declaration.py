@@ -18,14 +18,12 @@ def declare(connection: BlockingConnection, queue: str) -> tuple[Any, bool]:
 
     Refused if the queue exists with other settings. pika's other errors are passed on.
     """
-    newborn = f"{queue}_is_new"  # a queue that RabbitMQ deletes by itself, there while `queue` is too young for use
-    found = _exists(connection, queue)
+    marker = f"{queue}_is_new"  # a queue that RabbitMQ deletes by itself, there while `queue` is too young for use
+    found = _declare(connection, queue, passive=True)
     if not found:
-        channel = connection.channel()
-        channel.queue_declare(queue=newborn, durable=True, arguments={"x-expires": SETTLE_SECONDS * 1000})
-        channel.close()
-    # A queue with tasks or workers has been used, so it is old enough: no need to ask.
-    young = not found or (found.message_count == found.consumer_count == 0 and _exists(connection, newborn))
+        _declare(connection, marker, durable=True, arguments={"x-expires": SETTLE_SECONDS * 1000})
+    used = found and (found.message_count or found.consumer_count)  # then it is old enough: no need to ask
+    young = not used and _declare(connection, marker, passive=True)
     for arguments in (QUORUM, {}):  # a quorum queue, or if it is there, a classic one
         channel = connection.channel()
         try:
@@ -36,17 +34,15 @@ def declare(connection: BlockingConnection, queue: str) -> tuple[Any, bool]:
         except ChannelClosedByBroker as error:
             if error.reply_code != 406:  # PRECONDITION_FAILED: it exists with other settings
                 raise
-    raise Refused(
-        f"the queue {queue!r} exists with other settings than ours (durable, quorum or classic, nothing else). "
-        f"Use another virtual host, or delete it when it is empty: rabbitmqctl delete_queue {queue} --if-empty"
-    )
+    remedy = f"Use another virtual host, or delete it when it is empty: rabbitmqctl delete_queue {queue} --if-empty"
+    raise Refused(f"the queue {queue!r} exists with other settings than ours (durable, quorum or classic). {remedy}")
 
 
-def _exists(connection: BlockingConnection, queue: str) -> Any:
+def _declare(connection: BlockingConnection, queue: str, **how: Any) -> Any:
     """Return RabbitMQ's declare-ok (with its counts) for a queue, or None if there is no such queue."""
     channel = connection.channel()  # not in a `with` block: that would wait for RabbitMQ even on Ctrl+C
     try:
-        found = channel.queue_declare(queue=queue, passive=True).method
+        found = channel.queue_declare(queue, **how).method
     except ChannelClosedByBroker as error:
         if error.reply_code != 404:
             raise

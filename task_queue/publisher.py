@@ -1,8 +1,7 @@
 """A channel with confirms: many tasks are on their way at once, and each is kept until RabbitMQ has confirmed it.
 
 pika's BlockingChannel waits for each confirm: a round trip per task. The channel inside of it doesn't wait. So this
-publishes there, keeps what is not confirmed, and runs pika's loop when too many tasks wait. After a lost connection it
-sends what is not confirmed again on another one.
+publishes there, runs pika's loop when too many tasks wait, and sends again what a lost connection left unconfirmed.
 """
 
 import contextlib
@@ -10,10 +9,9 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from pika.exceptions import ConnectionBlockedTimeout
-from pika.spec import Basic
 
 from task_queue import QUEUE, QUORUM, console, declaration
 from task_queue.address import BLOCKED_SECONDS, Lost, Refused, Unreachable, close_socket, connect, lost_rabbitmq
@@ -41,38 +39,27 @@ class NotConfirmed(Exception):
         self.confirmed = confirmed
 
 
-class _Message(NamedTuple):
-    position: int  # which of the tasks, or lines, that each() was given
-    size: int
-    arguments: tuple[Any, ...]  # of pika's basic_publish()
-
-
-class Channel:
+class Channel(contextlib.AbstractContextManager["Channel"]):
     """A channel with pika's names that outlives its connection. Use it in a `with` block, on one thread of one process.
 
+    name: what RabbitMQ will call the connection.
     Each call raises NotConfirmed if RabbitMQ can't be reached at first, refuses, or confirms nothing for
     GIVE_UP_SECONDS; what was not confirmed is given up then. A channel may be kept, and lie idle.
     """
 
     def __init__(self, name: str):
-        """name: what RabbitMQ will call the connection."""
-        self._name = name
-        self._queue, self._ready = QUEUE, False  # what is declared, and whether it ever was
+        self._name, self._queue = name, QUEUE
         self._connection: Any = None
-        self._channel: Any = None
         self._frames: list[bytes] = []  # what is not passed on to the network
-        self._messages: dict[int, _Message] = {}  # what is not confirmed, in order, by its delivery tag
+        self._messages: dict[int, tuple[int, int, Any]] = {}  # what is not confirmed, by delivery tag: see _publish()
         self._nacked = set[int]()  # those that RabbitMQ could not store: they must be sent again
         self._tag = self._size = 0  # the last delivery tag of this connection, and the size of what is not confirmed
         self._refusal = ""  # why RabbitMQ gave a task back
         self._file: int | None = None  # where each() reads the tasks, if it is a file
-        self._position = 0  # how many of each() are handed over
-        self._began = self._drawn_at = 0.0  # when that began, and when the progress was drawn
+        self._number = 0  # how many tasks came since each()
+        self._began = self._drawn_at = 0.0  # when that was, and when the progress was drawn
         self._waited = self._looked_at = 0.0  # how long nothing was confirmed, and the time when we looked last
-        self._problem, self._told = "", set[str]()  # why nothing is confirmed, and what the user knows of that
-
-    def __enter__(self) -> "Channel":
-        return self
+        self._problem = ""  # why nothing is, if the user knows that
 
     def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
         if isinstance(error, KeyboardInterrupt):
@@ -96,12 +83,9 @@ class Channel:
 
     def each(self, tasks: Iterable[bytes] | IO[bytes]) -> Iterator[bytes]:
         """Yield each of the tasks; of a file, each line that is not empty, as soon as it comes, without its newline."""
-        self._file, self._position = tasks.fileno() if hasattr(tasks, "fileno") else None, 0
+        self._file, self._number = tasks.fileno() if hasattr(tasks, "fileno") else None, 0
         self._began = self._drawn_at = time.monotonic()
-        for task in tasks if self._file is None else self._lines(self._file):
-            if task or self._file is None:
-                yield task
-            self._position += 1  # only now: what is not handed over must not look confirmed
+        yield from tasks if self._file is None else filter(None, self._lines(self._file))
 
     def basic_publish(
         self, exchange: str, routing_key: str, body: bytes, properties: Any = None, mandatory: bool = False
@@ -109,19 +93,17 @@ class Channel:
         """Send a task. It is kept until it is confirmed, and sent again if need be: see wait_for_confirms()."""
         size = max(len(body), SMALL)
         if self._size + size > WINDOW or self._nacked or not self._connection:
-            self._wait_for_confirms(but=max(0, WINDOW - ROOM - size))
-        self._publish(_Message(self._position + 1, size, (exchange, routing_key, body, properties, mandatory)))
+            self.wait_for_confirms(but=max(1, WINDOW - ROOM - size))
+        self._publish(self._number + 1, size, (exchange, routing_key, body, properties, mandatory))
+        self._number += 1  # only now: what was not handed over must not look confirmed
         if self._tag % BATCH == 1 or time.monotonic() > self._looked_at + BATCH_SECONDS:
             self._on_a_connection(lambda: self._until(lambda: not self._frames))
 
-    def wait_for_confirms(self) -> None:
-        """Return when RabbitMQ has confirmed every task."""
-        self._wait_for_confirms(but=0)
-        self._file = None  # all of it is confirmed, and it may be closed now
-
-    def _wait_for_confirms(self, but: int) -> None:
-        """Return when RabbitMQ has confirmed all but so many bytes of tasks."""
+    def wait_for_confirms(self, but: int = 0) -> None:
+        """Return when RabbitMQ has confirmed every task, or all but so many bytes of them."""
         self._on_a_connection(lambda: self._until(lambda: self._size <= but and not self._nacked))
+        if not but:
+            self._file = None  # all that each() gave is confirmed, and its file may be closed now
 
     def _on_a_connection(self, step: Callable[[], None]) -> None:
         """Do step(), on as many connections as it takes. NotConfirmed if there is no hope in another one."""
@@ -133,33 +115,23 @@ class Channel:
                     return step()
             except Refused as problem:
                 raise self._not_confirmed(str(problem)) from None
-            except Unreachable as problem:
+            except BaseException as problem:  # Ctrl+C, too: it may have hit pika's code anywhere
                 self._drop()
+                if not isinstance(problem, Unreachable):
+                    raise
                 self._pause(problem)
-            except BaseException:  # Ctrl+C in pika's code
-                self._drop()
-                raise
 
     def _pause(self, problem: Unreachable) -> None:
         """Wait before another attempt, and say why. NotConfirmed if there is no hope in that."""
-        self._problem = self._problem or str(problem)
         if isinstance(problem.__cause__, ConnectionBlockedTimeout):
             raise self._not_confirmed(f"{self._problem} Free some there; rabbitmq-diagnostics alarms tells more.")
-        if not isinstance(problem, Lost):
-            if not self._ready:  # at the start, the user wants to know at once
-                raise self._not_confirmed(str(problem))
-            self._tell(str(problem), f"Trying for up to {GIVE_UP_SECONDS} s.")
-        elif self._messages:
-            self._tell(str(problem), "Reconnecting, to send again what is not confirmed.")
+        if not isinstance(problem, Lost) and not self._looked_at:  # at the start, the user wants to know at once
+            raise self._not_confirmed(str(problem))
+        if not self._problem:
+            console.warn(f"{problem} Reconnecting, for up to {GIVE_UP_SECONDS} s.")
+        self._problem = str(problem)
         time.sleep(PAUSE)
         self._look()
-
-    def _tell(self, problem: str, what_follows: str) -> None:
-        """Warn, once until everything is confirmed."""
-        self._problem, gist = problem, problem.partition(" (")[0]  # details, in brackets, change each time
-        if gist not in self._told:
-            console.warn(f"{problem} {what_follows}")
-        self._told.add(gist)
 
     def _connect(self) -> None:
         """Make a connection, and send again what the one before left without a confirm."""
@@ -170,20 +142,20 @@ class Channel:
         self._channel._impl.add_on_return_callback(self._on_return)
         self._channel._impl.confirm_delivery(self._on_confirm, callback=confirms.append)
         self._until(lambda: bool(confirms))
-        self._ready, self._problem = True, ""
         self._messages = dict(enumerate(self._messages.values(), 1))
         for message in list(self._messages.values()):
-            self._publish(message)
+            self._publish(*message)
 
-    def _publish(self, message: _Message) -> None:
+    def _publish(self, number: int, size: int, arguments: Any) -> None:
+        """Hand a task over to pika: its number since each(), its size, and the arguments of pika's basic_publish()."""
         connection = self._connection._impl
         # pika makes a system call for each frame, three for a task: keep them here, to be passed on joined.
         connection._adapter_emit_data = self._frames.append
         try:
-            self._channel._impl.basic_publish(*message.arguments)
+            self._channel._impl.basic_publish(*arguments)
             self._tag += 1
-            self._messages[self._tag] = message
-            self._size += message.size
+            self._messages[self._tag] = number, size, arguments
+            self._size += size
         except BaseException:  # Ctrl+C, or what pika can't encode: some frames, or the tag, may be missing
             self._drop()
             raise
@@ -209,21 +181,22 @@ class Channel:
         self._looked_at = now
         if self._file is not None and now > self._drawn_at + console.PROGRESS_SECONDS:
             self._drawn_at = now
-            console.draw(self._file, now - self._began, self._position, max(0, self._position - len(self._messages)))
+            console.draw(self._file, now - self._began, self._number, max(0, self._number - len(self._messages)))
         if self._refusal:
             raise self._not_confirmed(self._refusal)
         if self._nacked and len(self._nacked) == len(self._messages):  # all others are answered
             raise Unreachable("RabbitMQ could not store a task, as its queue is full or has no leader.")
         if self._connection and not self._messages:
-            self._waited, self._problem, self._told = 0, "", set()
+            self._waited, self._problem = 0, ""
         if self._waited > GIVE_UP_SECONDS:
             cure = f"rabbitmqctl delete_queue {QUEUE} deletes a queue that can't come back."
-            why = self._problem or f"RabbitMQ confirms nothing. In a cluster, are most of its nodes up? {cure}"
+            silence = f"RabbitMQ confirms nothing. In a cluster, are most of its nodes up? {cure}"
+            why = silence if self._connection else self._problem
             raise self._not_confirmed(f"gave up after {GIVE_UP_SECONDS} s: {why}")
 
     def _drop(self) -> None:
         """Let go of the connection, whatever state it is in. What it has not confirmed must be sent again."""
-        connection, self._connection, self._channel = self._connection, None, None
+        connection, self._connection = self._connection, None
         self._frames, self._nacked, self._tag, self._size, self._refusal = [], set(), 0, 0, ""
         if connection:
             close_socket(connection)
@@ -232,7 +205,7 @@ class Channel:
     def _not_confirmed(self, why: str) -> NotConfirmed:
         """Give up what is not confirmed, and return what to raise."""
         self._drop()
-        confirmed = min((message.position - 1 for message in self._messages.values()), default=self._position)
+        confirmed = min((number - 1 for number, _, _ in self._messages.values()), default=self._number)
         self._messages, self._waited = {}, 0
         if self._file is not None:
             rest = f"to send the others: tail -n +{confirmed + 1} FILE | python new_task.py -"
@@ -252,7 +225,7 @@ class Channel:
                 *lines, rest = rest.split(b"\n")
                 yield from map(bytes, lines)
             elif len(rest) > LONGEST_LINE:
-                self._wait_for_confirms(but=0)
+                self.wait_for_confirms(but=1)
                 raise self._not_confirmed(f"a line is longer than {LONGEST_LINE >> 20} MiB, which no RabbitMQ accepts.")
         if rest:
             yield bytes(rest)
@@ -266,21 +239,20 @@ class Channel:
         self._until(lambda: bool(readable))
         loop.remove_handler(file)
 
-    # What pika calls, from within _until().
-
     def _on_confirm(self, frame: Any) -> None:
-        """Take note of a basic.ack or basic.nack, for one task or for all up to that one."""
+        """pika calls this for a basic.ack or basic.nack, for one task or for all up to that one."""
         last = frame.method.delivery_tag
         up_to_last = itertools.takewhile(lambda tag: tag <= last, self._messages)  # they are in order
         for tag in list(up_to_last) if frame.method.multiple else [last]:
-            if isinstance(frame.method, Basic.Nack):
+            if frame.method.NAME == "Basic.Nack":
                 self._nacked.add(tag)
             elif tag not in self._nacked and not self._refusal:  # RabbitMQ confirms a task that it gave back, too
                 self._waited = 0
-                self._size -= self._messages.pop(tag).size
+                self._size -= self._messages.pop(tag)[1]
 
     def _on_return(self, _channel: Any, method: Any, _properties: Any, _body: bytes) -> None:
         self._refusal = f"RabbitMQ gave a task back ({method.reply_text}). Was the queue deleted just now?"
 
     def _on_blocked(self, _connection: Any, frame: Any) -> None:
-        self._tell(f"RabbitMQ takes no tasks for now: {frame.method.reason}.", f"Waiting up to {BLOCKED_SECONDS} s.")
+        self._problem = f"RabbitMQ takes no tasks for now: {frame.method.reason}."
+        console.warn(f"{self._problem} Waiting up to {BLOCKED_SECONDS} s.")

@@ -18,7 +18,7 @@ ACKNOWLEDGES_FIRST = {
     r'(say\(" \[x\] Done"\)\n(?: +#.*\n)?) +' + re.escape(ACK): r"\1",
     r"( +)with .*\n +work\(task\)\n": rf"\1{ACK}\n\g<0>",
 }
-KEEPS = (r"self\._messages\[self\._tag\] = message", r"self\._size \+= message\.size", r"self\._size -= .*\.pop\(.*")
+KEEPS = (r"self\._messages\[self\._tag\] = number.*", r"self\._size \+= size", r"self\._size -= .*\.pop\(.*")
 DOES_NOT_WAIT = dict.fromkeys(KEEPS, "pass")
 DOES_TWICE = {r'( +)say\(" \[x\] Done"\)\n': r'\g<0>\1say(f" [x] Received {shown(task)} (redelivered)")\n\g<0>'}
 

@@ -148,7 +148,7 @@ def test_a_task_survives_rabbitmqs_death_in_the_queue_that_a_worker_has_just_cre
     mortal.delete_queue()
     worker = shells.start("worker.py")
     with mortal.connect() as connection:
-        wait_until(lambda: declaration._exists(connection, QUEUE), "the worker has created the queue")
+        wait_until(lambda: declaration._declare(connection, QUEUE, passive=True), "the worker has created the queue")
     shells.start("new_task.py", "First message..").wait_for("[x] Sent")
     mortal.node.kill()
     mortal.node.start()
