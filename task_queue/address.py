@@ -97,7 +97,7 @@ def _explained(error: Any, node: pika.URLParameters) -> Unreachable | Refused:
     # RabbitMQ answers 403 to wrong credentials, 530 to a virtual host that isn't there or isn't ours. pika raises the
     # same two classes when the connection merely breaks at that moment, which waiting does cure.
     if isinstance(error, ProbableAuthenticationError) and "(403)" in text:
-        remedy = "Check user and password in AMQP_URL; guest may only come from RabbitMQ's own machine."
+        remedy = "Check user and password in AMQP_URL; by default, guest may come only from RabbitMQ's own machine."
         return Refused(f"RabbitMQ at {where} refuses user {user!r}. {remedy}")
     if isinstance(error, ProbableAccessDeniedError) and "(530)" in text:
         if "limit (" in text:  # so many connections, for now

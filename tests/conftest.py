@@ -32,8 +32,7 @@ WAITING = " [*] Waiting for messages. To exit press CTRL+C"
 DONE = " [x] Done"
 # Work that takes longer than any test.
 FOREVER = 60 * "."
-# A password that must never be shown.
-HIDDEN = "s3cret"
+HIDDEN = "s3cret"  # a password that must never be shown
 
 # A worker or producer as its users would change it.
 CHANGED = """
@@ -77,8 +76,7 @@ class Shells:
 
     def shell(self, command: str) -> Script:
         """Start a line of bash, for what only a shell can do."""
-        program = f"import os; os.execvp('bash', ['bash', '-c', {command!r}])"
-        return self.start("-c", program)
+        return self.start("-c", f"import os; os.execvp('bash', ['bash', '-c', {command!r}])")
 
     def worker(self, *arguments: str, **settings) -> Script:
         """Start a worker and return it when it waits for tasks."""

@@ -40,9 +40,8 @@ def timestamp(number: int) -> Raw:
     return Raw(b"T" + struct.pack(">q", number))
 
 
-def nested(depth: int) -> Raw:
-    """Arrays in arrays, deeper than pika's encoder goes."""
-    value = b""
+def nested(depth: int, value: bytes = b"") -> Raw:
+    """A value in an array in an array, and so on, deeper than pika's encoder goes."""
     for _ in range(depth):
         value = b"A" + struct.pack(">I", len(value)) + value
     return Raw(value)
@@ -100,6 +99,11 @@ def test_a_count_of_deliveries_that_a_sender_wrote_does_not_count(broker, shells
     first.wait_for("Received")
     stop(first)
     shells.worker().wait_for("Received 'task.....' (redelivered)")
+
+
+def test_arrays_in_arrays_are_decoded_at_any_depth():
+    for value in (nested(depth, innermost) for depth in range(600) for innermost in (b"V", MILLISECONDS)):
+        assert pika.data.decode_value(value, 0)[1] == len(value)
 
 
 def test_pika_still_needs_the_patch_of_its_decoder():
