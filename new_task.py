@@ -20,14 +20,14 @@ import pika  # isort: skip
 def send(tasks) -> int:
     """Send tasks. Return how many, once RabbitMQ has confirmed them all; raise NotConfirmed otherwise.
 
-    tasks: an iterable of bytes, or a binary file with one task per line.
+    tasks: an iterable of bytes, or an open file (a real one, not gzip's or BytesIO) with one task per line.
     """
     run = os.urandom(8).hex()  # makes the message ids of this run unique
     number = 0
     with Channel("new_task.py") as channel:
         channel.queue_declare(queue=QUEUE, durable=True, arguments=QUORUM)
         channel.confirm_delivery()
-        for number, task in enumerate(channel.each(tasks), 1):
+        for number, task in enumerate(channel.each(tasks), 1):  # of a file: its lines
             channel.basic_publish(
                 exchange="",  # the default exchange: it routes to the queue of that name
                 routing_key=QUEUE,
@@ -61,4 +61,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main())  # all is printed, and what Python tidies up at its end would take as long as the task
+    os._exit(main())  # all is printed, and for Python to tidy up would take as long as sending a task

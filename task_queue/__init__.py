@@ -6,7 +6,7 @@ from typing import Any
 
 # The queue that holds the tasks, and the one for tasks that failed too often.
 QUEUE, DEAD_LETTERS = "task_queue", "task_queue_dead_letters"
-# A quorum queue writes each task to disk (on most nodes, in a cluster) before it confirms it, and counts deliveries.
+# A quorum queue has a task on disk (of most nodes, in a cluster) before RabbitMQ confirms it, and counts deliveries.
 QUORUM = {"x-queue-type": "quorum"}
 
 

@@ -46,7 +46,7 @@ def lost_rabbitmq(hopeless: tuple[int, ...] = (403,)) -> Iterator[None]:
         text, code = _in_words(error), getattr(error, "reply_code", None)
         if code in hopeless:
             raise Refused(f"RabbitMQ refuses: {text}.") from error
-        if code != 541:
+        if code != 541:  # INTERNAL_ERROR
             raise Lost(f"Lost RabbitMQ ({text}).") from error
         cure = f"If the queue can't come back, rabbitmqctl delete_queue {QUEUE} deletes it, tasks and all."
         raise Lost(f"RabbitMQ can't serve the queue {QUEUE!r} ({text}): its log tells more. {cure}") from error
@@ -58,8 +58,9 @@ def connect(name: str) -> pika.BlockingConnection:
     for node in nodes(name):
         try:
             return pika.BlockingConnection(node)
-        except Exception as error:  # pika has no common base class for what can happen here, and may wrap it
-            problems.append(_explained(getattr(error.args[0], "exception", error) if error.args else error, node))
+        except Exception as error:  # pika has no common base class for what can happen here
+            wrapper = error.args[0] if error.args else None  # of ConnectionRefusedError, say
+            problems.append(_explained(getattr(wrapper, "exception", error), node))
     raise next((problem for problem in problems if isinstance(problem, Unreachable)), problems[0])
 
 
@@ -97,7 +98,7 @@ def _explained(error: Any, node: pika.URLParameters) -> Unreachable | Refused:
     # RabbitMQ answers 403 to wrong credentials, 530 to a virtual host that isn't there or isn't ours. pika raises the
     # same two classes when the connection merely breaks at that moment, which waiting does cure.
     if isinstance(error, ProbableAuthenticationError) and "(403)" in text:
-        remedy = "Check user and password in AMQP_URL; by default, guest may come only from RabbitMQ's own machine."
+        remedy = "Check user and password in AMQP_URL; by default, guest may connect only from RabbitMQ's own machine."
         return Refused(f"RabbitMQ at {where} refuses user {user!r}. {remedy}")
     if isinstance(error, ProbableAccessDeniedError) and "(530)" in text:
         if "limit (" in text:  # so many connections, for now
@@ -132,7 +133,7 @@ def _decode_value(encoded: bytes, offset: int, pikas: Any = pika.data.decode_val
             return struct.unpack_from(">q", encoded, offset + 1)[0], offset + 9
         if kind not in (b"A", b"F"):
             raise
-        # Arrays or tables in each other, a thousand deep: do without the innermost.
+        # Arrays or tables a thousand deep in each other: do without the innermost.
         return None, offset + 5 + struct.unpack_from(">I", encoded, offset + 1)[0]
 
 

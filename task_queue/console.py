@@ -48,15 +48,15 @@ def say(line: str, end: str = "\n", to: int = 1) -> None:
 
 def warn(message: str, after_ctrl_c: bool = False) -> None:
     """Print one line of diagnosis. After Ctrl+C on a line of its own, as a terminal shows ^C there."""
-    say("\n" * (after_ctrl_c and os.isatty(2)) + f" [!] {printable(message)}", to=2)
+    say(("\n" if after_ctrl_c and os.isatty(2) else "") + f" [!] {printable(message)}", to=2)
 
 
 def draw(file: int, seconds: float, sent: int, confirmed: int) -> None:
-    """Show how far the sending of a file is, after so many seconds, if that is seen and disturbs nobody who types."""
+    """Show how far the sending of a file has come, unless nobody sees it or somebody is typing the tasks."""
     if os.isatty(file) or not os.isatty(2):
         return
     line = f" {sent} sent, {confirmed} confirmed, {confirmed / seconds:.0f}/s"
-    if os.path.isfile(file) and (read := os.lseek(file, 0, os.SEEK_CUR)):  # noqa: PTH113, no Path has a number
+    if os.path.isfile(file) and (read := os.lseek(file, 0, os.SEEK_CUR)):  # noqa: PTH113, a Path can't hold a number
         line += f", {max(0, os.fstat(file).st_size / read - 1) * seconds:.0f} s left"
     # Erased to its right, and the cursor back at its left: what is printed next takes its place.
     say(f"{line}\x1b[K", end="\r", to=2)

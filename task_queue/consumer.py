@@ -18,14 +18,14 @@ from task_queue import DEAD_LETTERS, QUORUM, console, dead_letters, declaration
 from task_queue.address import PIKAS_ERRORS, Lost, Refused, Unreachable, close_socket, connect, lost_rabbitmq
 
 # Seconds between two attempts to connect, from the first to the last, shortened at random: many workers must not come
-# back in the same moment. After a connection that lasted for GOOD seconds the pause is the first again.
+# back at the same moment. After a connection that lasted for GOOD seconds the pause is the first again.
 FIRST_PAUSE, LAST_PAUSE, GOOD = 0.5, 3, 30
 # How often the connection is looked after during work, and how long a worker that stops waits for RabbitMQ's answer.
 TICK_SECONDS, GOODBYE_SECONDS, FOREVER = 0.2, 5, float("inf")
 # The signals that end a worker, as the user knows them.
 SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl+C", signal.SIGTERM: "SIGTERM"}
 # When a task takes too long, RabbitMQ up to 4.2 closes the channel; from 4.3 on it only cancels the consumer.
-TOO_LONG = "RabbitMQ took the task back: longer than consumer_timeout (see rabbitmq.conf), or the queue was deleted."
+TOO_LONG = "RabbitMQ took the task back: it ran longer than consumer_timeout (rabbitmq.conf), or its queue was deleted."
 
 
 class Stop(BaseException):
@@ -44,7 +44,7 @@ class Channel:
         self._told = False  # whether the user knows that the connection has ended
         self._pika = threading.RLock()  # pika must not be used by two threads at once
         self._pika.acquire()  # the main thread has it, except in heartbeats()
-        self._working = False  # whether it is in heartbeats()
+        self._working = False  # whether it has a task, from the delivery to the end of heartbeats()
         self._graceful = graceful  # whether SIGTERM waits for the task in hand; Ctrl+C never does
         self._signal = 0  # the first one that came
         self._leaving = False  # whether we are handing back what we have
@@ -59,7 +59,7 @@ class Channel:
     def queue_declare(self, queue: str, durable: bool = True, arguments: Any = QUORUM) -> None:
         """Declare a durable quorum queue, and be sure that it is safe to use: see declaration.py."""
         self._channel, self._counts = declaration.declare(self._connection, queue)  # whether it counts deliveries
-        self.basic_qos: Any = lost_rabbitmq()(self._channel.basic_qos)  # pika's own, but for what they raise
+        self.basic_qos: Any = lost_rabbitmq()(self._channel.basic_qos)  # pika's own, but they raise Lost or Refused
         self.basic_ack: Any = lost_rabbitmq()(self._channel.basic_ack)
 
     def consume(self, queue: str) -> Iterator[tuple[Any, Any, bytes]]:
@@ -127,7 +127,7 @@ class Channel:
                 dead_letters.set_aside(task, properties, tries, why)
         except TaskFailed as failure:
             console.warn(f"Can't set aside {console.shown(task)}: {failure.__cause__} Holding it until I stop.")
-            self._channel.cancel()  # RabbitMQ gives this consumer nothing more, but a new one another task
+            self._channel.cancel()  # a consumer that holds a task gets no other one, but a new consumer does
             self._deliveries = self._channel.consume(self._queue)
         else:
             # Only now that RabbitMQ has confirmed the copy: a crash in between leaves two, never none.
@@ -146,7 +146,7 @@ class Channel:
             except Unreachable as problem:
                 gist = str(problem).partition(" (")[0]  # details, in brackets, change from one attempt to the next
                 if not (gist in known or self._told or self._signal):
-                    console.warn(f"{problem} Reconnecting until it answers.")
+                    console.warn(f"{problem} Trying again until it works.")
                 known.add(gist)
             with contextlib.suppress(AttributeError, *PIKAS_ERRORS):  # there may be none
                 self._connection.close()
@@ -223,7 +223,8 @@ class Channel:
 
 def keep_working(do_tasks: Callable[[Channel], None], usage: str) -> int:
     """Call do_tasks(channel) again and again, until a signal; return the exit status. usage: what --help prints."""
-    channel = Channel(graceful=bool(console.arguments(usage, lambda words: words in ([], ["--graceful"]))))
+    graceful = bool(console.arguments(usage, lambda words: words in ([], ["--graceful"])))
+    channel = Channel(graceful)
     if hasattr(sys.stdout, "reconfigure"):  # the shell has not closed it
         sys.stdout.reconfigure(line_buffering=True)  # for what work() prints
     try:

@@ -30,7 +30,7 @@ REASON_LENGTH, HEADERS_SIZE = 500, 100_000
 def set_aside(task: bytes, properties: Any, tries: int, why: str) -> None:
     """Put a copy of a task into the queue of dead letters. NotConfirmed if RabbitMQ doesn't confirm that.
 
-    On a connection of its own: while memory or disk is short, RabbitMQ doesn't listen to one that publishes.
+    On its own connection: RabbitMQ, short of memory or disk, reads nothing from one that publishes, not even acks.
     """
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     notes = {"x-set-aside-because": why, "x-set-aside-after-deliveries": tries, "x-set-aside-at": now}

@@ -30,7 +30,7 @@ def declare(connection: BlockingConnection, queue: str) -> tuple[Any, bool]:
             channel.queue_declare(queue=queue, durable=True, arguments=arguments)
             if young:
                 connection.sleep(SETTLE_SECONDS)
-            return channel, bool(arguments)
+            return channel, bool(arguments)  # only a quorum queue does
         except ChannelClosedByBroker as error:
             if error.reply_code != 406:  # PRECONDITION_FAILED: it exists with other settings
                 raise
@@ -39,7 +39,7 @@ def declare(connection: BlockingConnection, queue: str) -> tuple[Any, bool]:
 
 
 def _declare(connection: BlockingConnection, queue: str, **how: Any) -> Any:
-    """Return RabbitMQ's declare-ok (with its counts) for a queue, or None if there is no such queue."""
+    """Declare a queue, or, if passive, only look for it. Return RabbitMQ's answer with its counts; None on a 404."""
     channel = connection.channel()  # not in a `with` block: that would wait for RabbitMQ even on Ctrl+C
     try:
         found = channel.queue_declare(queue, **how).method

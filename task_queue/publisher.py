@@ -19,10 +19,10 @@ from task_queue.address import BLOCKED_SECONDS, Lost, Refused, Unreachable, clos
 # How many bytes may wait for a confirm: they are held in memory. A task counts as at least SMALL, so there are at most
 # 2000. When the window is full, ROOM bytes must be confirmed before sending goes on: task by task would be slow.
 WINDOW, SMALL, ROOM = 32_000_000, 16_000, 3_200_000
-# This many tasks leave together, in one system call; and each one after so many seconds.
+# This many tasks leave together, in one system call; fewer, if the last ones left more than so many seconds ago.
 BATCH, BATCH_SECONDS = 100, 0.05
 # When to give up, if nothing is confirmed: a RabbitMQ that restarts is back well before that. And how long to pause
-# before another attempt to connect. If more than STOPPED_SECONDS pass between two looks at the clock, it was suspended.
+# before another attempt to connect. If STOPPED_SECONDS pass between two looks at the clock, this program was suspended.
 GIVE_UP_SECONDS, PAUSE, STOPPED_SECONDS = 60, 0.5, 6
 # How much is read at once, and the longest line: the largest message that RabbitMQ takes, by default.
 CHUNK, LONGEST_LINE = 1 << 16, 128 << 20
@@ -59,13 +59,13 @@ class Channel(contextlib.AbstractContextManager["Channel"]):
         self._number = 0  # how many tasks came since each()
         self._began = self._drawn_at = 0.0  # when that was, and when the progress was drawn
         self._waited = self._looked_at = 0.0  # how long nothing was confirmed, and the time when we looked last
-        self._problem = ""  # why nothing is, if the user knows that
+        self._problem = ""  # why nothing is confirmed, if the user has been told
 
     def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
         if isinstance(error, KeyboardInterrupt):
             error.args = self._not_confirmed("interrupted.").args  # what new_task.py tells
         elif not error:  # RabbitMQ logs a warning about a connection that just ends
-            with contextlib.suppress(Exception):  # there may be none; and all is confirmed, whatever comes now
+            with contextlib.suppress(Exception):  # there may be none; and all that was waited for is confirmed
                 self._connection.close()
         self._drop()
         if self._drawn_at > self._began and os.isatty(2):
@@ -125,10 +125,10 @@ class Channel(contextlib.AbstractContextManager["Channel"]):
         """Wait before another attempt, and say why. NotConfirmed if there is no hope in that."""
         if isinstance(problem.__cause__, ConnectionBlockedTimeout):
             raise self._not_confirmed(f"{self._problem} Free some there; rabbitmq-diagnostics alarms tells more.")
-        if not isinstance(problem, Lost) and not self._looked_at:  # at the start, the user wants to know at once
+        if not isinstance(problem, Lost) and not self._looked_at:  # never connected: the user wants to know at once
             raise self._not_confirmed(str(problem))
         if not self._problem:
-            console.warn(f"{problem} Reconnecting, for up to {GIVE_UP_SECONDS} s.")
+            console.warn(f"{problem} Trying again for up to {GIVE_UP_SECONDS} s.")
         self._problem = str(problem)
         time.sleep(PAUSE)
         self._look()
@@ -206,7 +206,7 @@ class Channel(contextlib.AbstractContextManager["Channel"]):
         """Give up what is not confirmed, and return what to raise."""
         self._drop()
         confirmed = min((number - 1 for number, _, _ in self._messages.values()), default=self._number)
-        self._messages, self._waited = {}, 0
+        self._messages, self._waited, self._number = {}, 0, confirmed  # what is given up counts no more
         if self._file is not None:
             rest = f"to send the others: tail -n +{confirmed + 1} FILE | python new_task.py -"
             why += f" The first {confirmed} lines are confirmed; {rest}"
@@ -225,7 +225,7 @@ class Channel(contextlib.AbstractContextManager["Channel"]):
                 *lines, rest = rest.split(b"\n")
                 yield from map(bytes, lines)
             elif len(rest) > LONGEST_LINE:
-                self.wait_for_confirms(but=1)
+                self.wait_for_confirms(but=1)  # for all, as no task is that small; after 0 the file would be forgotten
                 raise self._not_confirmed(f"a line is longer than {LONGEST_LINE >> 20} MiB, which no RabbitMQ accepts.")
         if rest:
             yield bytes(rest)
@@ -248,7 +248,7 @@ class Channel(contextlib.AbstractContextManager["Channel"]):
                 self._nacked.add(tag)
             elif tag not in self._nacked and not self._refusal:  # RabbitMQ confirms a task that it gave back, too
                 self._waited = 0
-                self._size -= self._messages.pop(tag)[1]
+                self._size -= self._messages.pop(tag)[1]  # its size
 
     def _on_return(self, _channel: Any, method: Any, _properties: Any, _body: bytes) -> None:
         self._refusal = f"RabbitMQ gave a task back ({method.reply_text}). Was the queue deleted just now?"

@@ -157,7 +157,7 @@ def test_workers_wait_for_a_rabbitmq_that_goes_and_comes_back(mortal, shells, ho
     getattr(mortal.node, how)()
     busy.wait_for("This task will be done again", within=3)
     for worker in (idle, leaving):
-        worker.wait_for("Reconnecting until it answers")
+        worker.wait_for("Trying again until it works")
     stop(leaving)
     late = shells.start("worker.py")
     late.wait_for("can't reach RabbitMQ")
@@ -256,7 +256,7 @@ def test_a_producer_resends_what_is_unconfirmed_after_a_cut(broker, shells, prox
     finish(producer, 2)
     assert broker.ready() == 2
     (line,) = producer.output("stderr")
-    assert "Reconnecting, for up to 60 s" in line
+    assert "Trying again for up to 60 s" in line
 
 
 def test_a_producer_waits_for_a_rabbitmq_that_restarts_midway(mortal, shells):
@@ -264,7 +264,7 @@ def test_a_producer_waits_for_a_rabbitmq_that_restarts_midway(mortal, shells):
     mortal.wait_for_ready(1)
     mortal.node.kill()
     say(producer, "two", "three")
-    producer.wait_for("Reconnecting, for up to 60 s")
+    producer.wait_for("Trying again for up to 60 s")
     mortal.node.start()
     finish(producer, 3)
     mortal.wait_for_ready(3)
@@ -359,7 +359,7 @@ def test_a_password_is_seen_nowhere(broker, shells):
         assert "alice" in clients
         broker.node.ctl("close_all_connections", "maintenance")
         line = worker.wait_for("maintenance").text
-        assert re.fullmatch(r" \[!\] Lost RabbitMQ \(.+\)\. Reconnecting until it answers\.", line)
+        assert re.fullmatch(r" \[!\] Lost RabbitMQ \(.+\)\. Trying again until it works\.", line)
         worker.wait_for(WAITING, times=2)
         broker.node.ctl("change_password", "alice", "another")
         broker.node.ctl("close_all_connections", "maintenance")
