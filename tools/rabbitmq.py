@@ -83,7 +83,7 @@ def started(otherwise: str = "") -> Node | Container | None:
     """Return what was started here and still runs. If nothing does, NodeError that names another command, if any."""
     server = next((server for server in (private_node(), Container()) if server.running), None)
     if otherwise and not server:
-        raise NodeError(f"no RabbitMQ of make's runs here (make rabbitmq starts one). For your own one: sudo {otherwise}")
+        raise NodeError(f"make's RabbitMQ doesn't run (make rabbitmq starts it). For your own one: sudo {otherwise}")
     return server
 
 
