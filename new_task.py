@@ -52,7 +52,7 @@ def main() -> int:
         words = words[1:]
     task = os.fsencode(" ".join(words) if any(words) else "Hello World!")  # exactly the bytes that the shell passed
     try:
-        number = send(os.fdopen(0, "rb") if lines else [task])
+        number = send(os.fdopen(0, "rb", closefd=False) if lines else [task])
     except (NotConfirmed, KeyboardInterrupt) as problem:
         console.warn(f"Not sent: {str(problem) or 'interrupted.'}", after_ctrl_c=isinstance(problem, KeyboardInterrupt))
         return 1

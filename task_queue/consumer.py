@@ -144,8 +144,9 @@ class Channel:
                 self._stop_if_told()
                 do_tasks(self)
             except Unreachable as problem:
+                self._stop_if_told()
                 gist = str(problem).partition(" (")[0]  # details, in brackets, change from one attempt to the next
-                if not (gist in known or self._told or self._signal):
+                if gist not in known and not self._told:
                     console.warn(f"{problem} Trying again until it works.")
                 known.add(gist)
             with contextlib.suppress(AttributeError, *PIKAS_ERRORS):  # there may be none
@@ -163,12 +164,12 @@ class Channel:
         if self._deadline == FOREVER:
             self._say_goodbye()
         self._pika.acquire()  # a signal may have come before we had it back
-        with contextlib.suppress(AttributeError, TypeError, *PIKAS_ERRORS):  # it may be gone
+        # The connection and the channel may be gone, or not there yet.
+        with contextlib.suppress(AttributeError, TypeError, *PIKAS_ERRORS), contextlib.closing(self._connection):
             self._channel.cancel()  # first: or RabbitMQ gives the task to us again
             # RabbitMQ 4 doesn't count a nack as a failure of the task. RabbitMQ 3 does, and puts it behind the others.
             if self._connection._impl.server_properties["version"] >= "4":
                 self._channel.basic_nack(0, multiple=True, requeue=True)
-            self._connection.close()
         for signum in SIGNALS:  # the exit status is 0, even if another one comes while Python ends
             signal.signal(signum, signal.SIG_IGN)
 

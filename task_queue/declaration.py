@@ -23,7 +23,7 @@ def declare(connection: BlockingConnection, queue: str) -> tuple[Any, bool]:
     if not found:
         _declare(connection, marker, durable=True, arguments={"x-expires": SETTLE_SECONDS * 1000})
     used = found and (found.message_count or found.consumer_count)  # then it is old enough: no need to ask
-    young = not used and _declare(connection, marker, passive=True)
+    young = not found or (not used and _declare(connection, marker, passive=True))
     for arguments in (QUORUM, {}):  # a quorum queue, or if it is there, a classic one
         channel = connection.channel()
         try:

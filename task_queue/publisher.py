@@ -59,7 +59,7 @@ class Channel(contextlib.AbstractContextManager["Channel"]):
         self._number = 0  # how many tasks came since each()
         self._began = self._drawn_at = 0.0  # when that was, and when the progress was drawn
         self._waited = self._looked_at = 0.0  # how long nothing was confirmed, and the time when we looked last
-        self._problem = ""  # why nothing is confirmed, if the user has been told
+        self._problem, self._told = "", False  # why nothing is confirmed, if we know, and whether the user does
 
     def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
         if isinstance(error, KeyboardInterrupt):
@@ -127,16 +127,16 @@ class Channel(contextlib.AbstractContextManager["Channel"]):
             raise self._not_confirmed(f"{self._problem} Free some there; rabbitmq-diagnostics alarms tells more.")
         if not isinstance(problem, Lost) and not self._looked_at:  # never connected: the user wants to know at once
             raise self._not_confirmed(str(problem))
-        if not self._problem:
+        if not self._told:
             console.warn(f"{problem} Trying again for up to {GIVE_UP_SECONDS} s.")
-        self._problem = str(problem)
+        self._problem, self._told = str(problem), True
         time.sleep(PAUSE)
         self._look()
 
     def _connect(self) -> None:
         """Make a connection, and send again what the one before left without a confirm."""
         self._drop()  # once more, as a Ctrl+C may have cut it short
-        self._connection, confirms = connect(self._name), list[Any]()
+        self._connection, self._problem, confirms = connect(self._name), "", list[Any]()
         self._connection._impl.add_on_connection_blocked_callback(self._on_blocked)
         self._channel, _ = declaration.declare(self._connection, self._queue)
         self._channel._impl.add_on_return_callback(self._on_return)
@@ -187,11 +187,10 @@ class Channel(contextlib.AbstractContextManager["Channel"]):
         if self._nacked and len(self._nacked) == len(self._messages):  # all others are answered
             raise Unreachable("RabbitMQ could not store a task, as its queue is full or has no leader.")
         if self._connection and not self._messages:
-            self._waited, self._problem = 0, ""
+            self._waited, self._problem, self._told = 0, "", False
         if self._waited > GIVE_UP_SECONDS:
             cure = f"rabbitmqctl delete_queue {QUEUE} deletes a queue that can't come back."
-            silence = f"RabbitMQ confirms nothing. In a cluster, are most of its nodes up? {cure}"
-            why = silence if self._connection else self._problem
+            why = self._problem or f"RabbitMQ confirms nothing. In a cluster, are most of its nodes up? {cure}"
             raise self._not_confirmed(f"gave up after {GIVE_UP_SECONDS} s: {why}")
 
     def _drop(self) -> None:

@@ -30,8 +30,7 @@ os.environ.pop("PYTHONUNBUFFERED", None)
 
 WAITING = " [*] Waiting for messages. To exit press CTRL+C"
 DONE = " [x] Done"
-# Work that takes longer than any test.
-FOREVER = 60 * "."
+FOREVER = 60 * "."  # work that takes longer than any test
 HIDDEN = "s3cret"  # a password that must never be shown
 
 # A worker or producer as its users would change it.

@@ -12,8 +12,7 @@ import new_task
 import worker
 from task_queue import address
 
-# A user that RabbitMQ doesn't know.
-LOGIN = f"somebody:{HIDDEN}"
+LOGIN = f"somebody:{HIDDEN}"  # a user that RabbitMQ doesn't know
 
 WRONG = {
     "new_task.py": ["-x", "--helpme", "--help me", "- 'First message.'"],

@@ -360,8 +360,10 @@ def test_a_classic_queue_that_comes_behind_the_look_for_it_is_used(broker, monke
     broker.declare_anew(durable=True)
     monkeypatch.setattr(declaration, "_declare", lambda *_, **how: None)  # as the look was before that
     with broker.connect() as connection:
+        began = time.monotonic()
         channel, counts = declaration.declare(connection, QUEUE)
         assert (channel.is_open, counts) == (True, False)
+        assert time.monotonic() > began + declaration.SETTLE_SECONDS  # nobody knows how old it is
 
 
 AT_AN_IMPORT = """
